@@ -102,6 +102,12 @@ impl InstanceView {
         self.runtime.as_ref().and_then(|r| r.applied.as_ref())
     }
 
+    /// What one of these devices is known by: those of the record, or those of its run.
+    pub fn identity(&self, name: &str, devices: &Devices) -> Option<&DeviceIdentity> {
+        let run = self.run().filter(|run| run.devices.get(name) == devices.get(name));
+        run.and_then(|run| run.identities.get(name)).or_else(|| self.instance.identities.get(name))
+    }
+
     /// What its devices are known by, those that only its run has too; of a device that the run has otherwise than the record, as
     /// the run has it.
     pub fn run_identities(&self) -> BTreeMap<String, DeviceIdentity> {

@@ -18,12 +18,12 @@ pub struct Limits {
     limits: spec::Limits,
 }
 
-/// Those of a guest.
+/// Those of a guest: what it runs with, else what it will start with.
 ///
 /// # Errors
 /// Invalid, when its configuration is.
 pub fn of(view: &InstanceView) -> Result<Limits, VirError> {
-    of_config(view.instance.kind, &view.expanded_config)
+    of_config(view.instance.kind, view.run().map_or(&view.expanded_config, |run| &run.config))
 }
 
 /// Those of a configuration.

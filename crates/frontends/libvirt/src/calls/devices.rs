@@ -1,10 +1,15 @@
 //! Devices and sizes of a machine that is there: attached, detached, changed; memory, processors, rates.
 //!
-//! Each is a change of the domain's document, brought to the engine as one. What a running guest is given live is in its record
-//! too, because Karst's record says what its guest has; with the configuration alone the guest keeps what it has until its
-//! next start.
+//! Each is a change of the domain's document, or of some keys, of the sides that its flags name (see [`super::sides`]), brought to
+//! the engine as one.
 
-use super::{Answered, Named, define::of_definition, domain::is_running, nothing};
+pub(super) use super::sides::{CONFIG, LIVE, live};
+use super::{
+    Answered, Named,
+    domain::is_running,
+    nothing,
+    sides::{Affects, Edits, Side, affects, asked, edits, write},
+};
 use crate::{
     error::{Code, VirError},
     session::{Call, Driver},
@@ -14,96 +19,61 @@ use crate::{
         machine::{Machine, iotune, read, refuse, spec},
     },
 };
-use karst_engine::{InstanceView, compute::update::UpdateInstance};
+use karst_engine::InstanceView;
 use karst_model::{device::Rates, instance::DeviceIdentity, options::DiskOptions};
 use std::collections::BTreeSet;
-
-/// `VIR_DOMAIN_AFFECT_*`
-pub(super) const LIVE: u32 = 1;
-pub(super) const CONFIG: u32 = 2;
-
-/// Is the running guest changed too?
-pub(super) fn live(view: &InstanceView, flags: u32) -> Result<bool, VirError> {
-    let running = is_running(view);
-    match (flags & LIVE != 0, flags & CONFIG != 0) {
-        (true, _) if !running => Err(VirError::state("domain is not running")),
-        (false, true) => Ok(false),
-        _ => Ok(running),
-    }
-}
 
 fn failed(text: impl Into<String>) -> VirError {
     VirError::new(Code::OperationFailed, crate::error::Part::Qemu, text)
 }
 
-/// Sets keys and devices of a guest; `touched` are the devices whose change a running guest must have taken.
-pub(super) async fn write(
-    call: &Call,
-    view: &InstanceView,
-    new: spec::Updated,
-    live: bool,
-    touched: &[String],
-) -> Result<(), VirError> {
-    let instance = &view.instance;
-    let request = UpdateInstance {
-        description: instance.description.clone(),
-        ephemeral: instance.ephemeral,
-        config: new.config,
-        devices: new.devices,
-        profiles: view.profiles.iter().map(|p| p.name.to_string()).collect(),
-        if_version: Some(instance.spec_version),
-    };
-    let session = &call.session;
-    let (engine, context, project) = (&session.front.engine, &session.context, &view.project.name);
-    let now = live || !is_running(view);
-    let changed = engine.machine_update(context, project, &instance.name, request, now, &new.slots).await;
-    if let Some(e) = changed.map_err(of_definition)?.ended().await.error.clone() {
-        return Err(of_definition(e));
-    }
-    if live {
-        let pending = engine.instance_pending(context, project, &instance.name)?;
-        let waits =
-            |key: &String| pending.iter().any(|p| p.key == *key || p.key.starts_with(&format!("{key}.")));
-        if let Some(key) = touched.iter().find(|k| waits(k)) {
-            let text = format!("{key} does not change while the guest runs; it does at its next start");
-            return Err(failed(text));
-        }
-    }
-    Ok(())
-}
-
-/// Changes the document of a machine.
+/// Changes the document of a machine: of its run, of its definition, or of both.
 async fn change(
     call: &Call,
     view: &InstanceView,
     flags: u32,
-    edit: impl FnOnce(&mut Machine) -> Result<(), VirError>,
+    edit: impl Fn(&Side<'_>, &mut Machine) -> Result<(), VirError>,
 ) -> Result<(), VirError> {
+    let (edits, touched) = documents(call, view, flags, edit)?;
+    write(call, view, edits, &touched).await
+}
+
+/// What an edit of its document makes of a machine, and which devices of its run that changes.
+fn documents(
+    call: &Call,
+    view: &InstanceView,
+    flags: u32,
+    edit: impl Fn(&Side<'_>, &mut Machine) -> Result<(), VirError>,
+) -> Result<(Edits, Vec<String>), VirError> {
     if call.opened()?.driver != Driver::Qemu {
         return Err(refuse("domain type", "devices of containers are changed by their instances"));
     }
-    let live = live(view, flags)?;
-    let now = read::machine(&xml::domain::document(call, view, true)?)?;
-    let mut new = now.clone();
-    edit(&mut new)?;
-    super::define::demand_discs(call, &new)?;
-    let instance = &view.instance;
-    let present = spec::Present {
-        machine: &now,
-        config: &instance.config,
-        devices: &instance.devices,
-        expanded: &view.expanded_devices,
-        identities: &instance.identities,
-    };
-    let updated = spec::update(&present, &new)?;
-    let devices = &updated.devices;
+    let edits = edits(view, affects(view, flags)?, |side| {
+        let text = match side.run {
+            // In the form of a definition: what a run has beside is none of its document's.
+            true => xml::domain::document_of(call, view, side.all_config, side.all_devices, false, None)?,
+            false => xml::domain::document(call, view, true)?,
+        };
+        let now = read::machine(&text)?;
+        let mut new = now.clone();
+        edit(side, &mut new)?;
+        super::define::demand_discs(call, &new)?;
+        let present = spec::Present {
+            machine: &now,
+            config: side.config,
+            devices: side.devices,
+            expanded: side.all_devices,
+            identities: &side.identities,
+        };
+        spec::update(&present, &new)
+    })?;
     let mut touched: Vec<String> = vec![];
-    for name in devices.keys().chain(instance.devices.keys()) {
-        if devices.get(name) != instance.devices.get(name) {
-            touched.push(format!("devices.{name}"));
-        }
+    if let (Some(new), Some(was)) = (&edits.run, view.run()) {
+        let names = new.devices.keys().chain(was.devices.keys());
+        let changed = names.filter(|name| new.devices.get(*name) != was.devices.get(*name));
+        touched.extend(changed.map(|name| format!("devices.{name}")));
     }
-    write(call, view, updated, live, &touched).await
+    Ok((edits, touched))
 }
 
 /// A device as a document of its own.
@@ -245,7 +215,7 @@ async fn with_device(
     call.known_flags(flags, LIVE | CONFIG | 4)?;
     let view = call.guest(&named)?;
     let e = device(&text)?;
-    change(&call, &view, flags, |machine| edit(machine, &e)).await?;
+    change(&call, &view, flags, |_, machine| edit(machine, &e)).await?;
     Ok(nothing())
 }
 
@@ -286,13 +256,12 @@ pub async fn detach_alias(call: Call) -> Answered {
     let (named, alias, flags) = flagged(&call)?;
     call.known_flags(flags, LIVE | CONFIG)?;
     let view = call.guest(&named)?;
-    let mut all = view.instance.identities.iter();
-    let found = all.find(|(name, i)| i.alias == alias && view.expanded_devices.contains_key(*name));
-    let (_, identity) = found.ok_or_else(|| missing(format!("no device found with alias {alias}")))?;
-    let DeviceIdentity { slot, mac, .. } = identity.clone();
-    let edit = |machine: &mut Machine| {
-        machine.disks.retain(|d| d.slot != slot);
-        machine.nics.retain(|n| mac.is_none() || n.mac != mac);
+    let edit = |side: &Side<'_>, machine: &mut Machine| {
+        let mut all = side.identities.iter();
+        let found = all.find(|(name, i)| i.alias == alias && side.all_devices.contains_key(*name));
+        let (_, found) = found.ok_or_else(|| missing(format!("no device found with alias {alias}")))?;
+        machine.disks.retain(|d| d.slot != found.slot);
+        machine.nics.retain(|n| found.mac.is_none() || n.mac != found.mac);
         Ok(())
     };
     change(&call, &view, flags, edit).await?;
@@ -317,12 +286,12 @@ async fn limit(
     key: &str,
     value: String,
 ) -> Result<(), VirError> {
-    let live = live(view, flags)?;
-    let mut config = view.instance.config.clone();
-    config.insert(key.to_owned(), value);
-    let devices = view.instance.devices.clone();
-    let new = spec::Updated { config, devices, slots: Default::default() };
-    write(call, view, new, live, &[key.to_owned()]).await
+    let edits = edits(view, affects(view, flags)?, |side| {
+        let mut config = side.config.clone();
+        config.insert(key.to_owned(), value.clone());
+        Ok(spec::Updated { config, devices: side.devices.clone(), slots: Default::default() })
+    })?;
+    write(call, view, edits, &[key.to_owned()]).await
 }
 
 /// `VIR_DOMAIN_MEM_MAXIMUM`
@@ -392,7 +361,8 @@ pub async fn set_vcpu(call: Call) -> Answered {
         call.arguments(|r| Ok((Named::read_domain(r)?, r.string()?, r.i32()?, r.u32()?)))?;
     call.known_flags(flags, LIVE | CONFIG)?;
     let view = call.guest(&named)?;
-    let now = u64::from(crate::limits::of(&view)?.cpus(&call)?);
+    let side = asked(&view, flags)?;
+    let now = u64::from(crate::limits::of_config(view.instance.kind, side.all_config)?.cpus(&call)?);
     let wanted: BTreeSet<u64> = super::inside::processors(&map)?.into_iter().collect();
     let (first, last) = match (wanted.first(), wanted.last()) {
         (Some(first), Some(last)) => (*first, *last),
@@ -411,11 +381,16 @@ pub async fn set_vcpu(call: Call) -> Answered {
     set_cpus_to(&call, &named, n as u32, flags).await
 }
 
-/// The device of a disk by its target or by the path of its volume.
+/// The device of a disk by its target or by the path of its volume: of what runs, else of what is defined.
 pub(super) fn disk_of(view: &InstanceView, disk: &str) -> Result<String, VirError> {
+    disk_in(view, &asked(view, 0)?, disk)
+}
+
+/// The same of one side.
+fn disk_in(view: &InstanceView, side: &Side<'_>, disk: &str) -> Result<String, VirError> {
     let of_volume = disk.strip_prefix(read::VOLUMES).and_then(|p| p.split_once('/'));
-    let found = view.expanded_devices.iter().find(|(name, keys)| {
-        let Some(identity) = view.instance.identities.get(*name) else { return false };
+    let found = side.all_devices.iter().find(|(name, keys)| {
+        let Some(identity) = side.identities.get(*name) else { return false };
         let is = |key: &str| keys.get(key).map(String::as_str);
         if is("type") != Some("disk") || xml::machine::is_no_drive(identity) {
             return false;
@@ -430,27 +405,41 @@ pub(super) fn disk_of(view: &InstanceView, disk: &str) -> Result<String, VirErro
     found.map(|(name, _)| name.clone()).ok_or_else(missing)
 }
 
-/// Changes keys of one device.
-pub(super) async fn set_device(
+/// Keys of a device, with their new values.
+type DeviceKeys = (String, Vec<(&'static str, Option<String>)>);
+
+/// Changes keys of one device of each side that is affected.
+async fn set_device(
     call: &Call,
     view: &InstanceView,
-    flags: u32,
-    device: &str,
-    keys: Vec<(&str, Option<String>)>,
+    affects: Affects,
+    keys: impl Fn(&Side<'_>) -> Result<DeviceKeys, VirError>,
 ) -> Result<(), VirError> {
-    let live = live(view, flags)?;
-    let mut devices = view.instance.devices.clone();
-    let mut all = view.expanded_devices.get(device).cloned().unwrap_or_default();
-    for (key, value) in keys {
-        match value {
-            Some(value) => drop(all.insert(key.to_owned(), value)),
-            None => drop(all.remove(key)),
+    let (edits, touched) = of_device(view, affects, keys)?;
+    write(call, view, edits, &touched).await
+}
+
+fn of_device(
+    view: &InstanceView,
+    affects: Affects,
+    keys: impl Fn(&Side<'_>) -> Result<DeviceKeys, VirError>,
+) -> Result<(Edits, Vec<String>), VirError> {
+    let touched = std::cell::RefCell::new(vec![]);
+    let edits = edits(view, affects, |side| {
+        let (device, keys) = keys(side)?;
+        let mut devices = side.devices.clone();
+        let mut all = side.all_devices.get(&device).cloned().unwrap_or_default();
+        for (key, value) in keys {
+            match value {
+                Some(value) => drop(all.insert(key.to_owned(), value)),
+                None => drop(all.remove(key)),
+            }
         }
-    }
-    devices.insert(device.to_owned(), all);
-    let config = view.instance.config.clone();
-    let new = spec::Updated { config, devices, slots: Default::default() };
-    write(call, view, new, live, &[format!("devices.{device}")]).await
+        touched.borrow_mut().push(format!("devices.{device}"));
+        devices.insert(device, all);
+        Ok(spec::Updated { config: side.config.clone(), devices, slots: Default::default() })
+    })?;
+    Ok((edits, touched.into_inner()))
 }
 
 /// `DOMAIN_GET_BLOCK_INFO`: what the disk's volume has and takes.
@@ -482,11 +471,13 @@ pub async fn block_resize(call: Call) -> Answered {
     let bytes = if flags & 1 != 0 { Some(size) } else { size.checked_mul(1024) };
     let bytes = bytes.ok_or_else(|| VirError::argument("size must be less than 2^64 bytes"))?;
     let device = disk_of(&view, &disk)?;
-    if view.expanded_devices[&device].contains_key("source") {
+    if asked(&view, 0)?.all_devices.get(&device).is_some_and(|keys| keys.contains_key("source")) {
         let text = "a volume grows by vol-resize, also under the guests that run with it; the disk of an instance made by Karst grows by this";
         return Err(VirError::new(Code::OperationUnsupported, call.opened()?.driver.part(), text));
     }
-    set_device(&call, &view, 0, &device, vec![("size", Some(bytes.to_string()))]).await?;
+    // A disk grows for good: both sides know.
+    let both = Affects { run: true, definition: true };
+    set_device(&call, &view, both, |_| Ok((device.clone(), vec![("size", Some(bytes.to_string()))]))).await?;
     Ok(nothing())
 }
 
@@ -533,8 +524,8 @@ pub(super) fn parameters(all: Vec<(&str, Typed)>, wanted: i32) -> Answered {
 }
 
 /// The rates of a disk.
-fn rates_of(view: &InstanceView, device: &str) -> Result<Rates, VirError> {
-    let parsed = karst_engine::compute::expand::parse_devices(&view.expanded_devices)?;
+fn rates_of(side: &Side<'_>, device: &str) -> Result<Rates, VirError> {
+    let parsed = karst_engine::compute::expand::parse_devices(side.all_devices)?;
     let root = std::iter::once((&parsed.root.0, parsed.root.1.io));
     let all = root.chain(parsed.disks.iter().map(|(name, disk)| (name, disk.io)));
     let io = all.into_iter().find(|(name, _)| *name == device).map(|(_, io)| io).unwrap_or_default();
@@ -548,9 +539,9 @@ pub async fn block_tuning(call: Call) -> Answered {
     // Strings among them are fine.
     call.known_flags(flags, LIVE | CONFIG | 4)?;
     let view = call.guest(&named)?;
-    live(&view, flags)?;
+    let side = asked(&view, flags)?;
     let mut rates = match disk {
-        Some(disk) => rates_of(&view, &disk_of(&view, &disk)?)?,
+        Some(disk) => rates_of(&side, &disk_in(&view, &side, &disk)?)?,
         None => Rates::default(),
     };
     // A burst has a second unless it says more.
@@ -572,8 +563,17 @@ pub async fn set_block_tuning(call: Call) -> Answered {
         call.arguments(|r| Ok((Named::read_domain(r)?, r.string()?, r.array(32, typed)?, r.u32()?)))?;
     call.known_flags(flags, LIVE | CONFIG)?;
     let view = call.guest(&named)?;
-    let device = disk_of(&view, &disk)?;
-    let mut rates = rates_of(&view, &device)?;
+    set_device(&call, &view, affects(&view, flags)?, |side| {
+        let device = disk_in(&view, side, &disk)?;
+        let rates = tuned(rates_of(side, &device)?, &all)?;
+        Ok((device, spec::rates(&rates).into()))
+    })
+    .await?;
+    Ok(nothing())
+}
+
+/// Rates with those that a client says.
+fn tuned(mut rates: Rates, all: &[(String, Typed)]) -> Result<Rates, VirError> {
     // As with libvirt: who says one of bytes, or of operations, or of their bursts, says all of them.
     for names in [iotune::AVERAGES, iotune::BURSTS, iotune::LENGTHS] {
         for part in [&names[..3], &names[3..]] {
@@ -584,7 +584,7 @@ pub async fn set_block_tuning(call: Call) -> Answered {
             }
         }
     }
-    for (field, value) in &all {
+    for (field, value) in all {
         if field == "group_name" {
             return Err(refuse("group_name", "each disk has rates of its own"));
         }
@@ -608,18 +608,17 @@ pub async fn set_block_tuning(call: Call) -> Answered {
         rates.operation_size = 0;
     }
     rates.demand_sense("iotune").map_err(|e| refuse("iotune", e.message))?;
-    set_device(&call, &view, flags, &device, spec::rates(&rates).into()).await?;
-    Ok(nothing())
+    Ok(rates)
 }
 
 /// The device of an interface by its MAC address or the name of the host's interface.
-fn interface_of(view: &InstanceView, which: &str) -> Result<String, VirError> {
+fn interface_of(side: &Side<'_>, which: &str) -> Result<String, VirError> {
     let is = |i: &DeviceIdentity| {
         i.host_interface.as_deref() == Some(which)
             || i.mac.as_deref().is_some_and(|m| m.eq_ignore_ascii_case(which))
     };
-    let all = view.instance.identities.iter();
-    let mut found = all.filter(|(name, i)| view.expanded_devices.contains_key(*name) && is(i));
+    let all = side.identities.iter();
+    let mut found = all.filter(|(name, i)| side.all_devices.contains_key(*name) && is(i));
     let missing = || VirError::argument(format!("can't find device {which}"));
     found.next().map(|(name, _)| name.clone()).ok_or_else(missing)
 }
@@ -640,9 +639,9 @@ pub async fn interface_tuning(call: Call) -> Answered {
         call.arguments(|r| Ok((Named::read_domain(r)?, r.string()?, r.i32()?, r.u32()?)))?;
     call.known_flags(flags, LIVE | CONFIG | 4)?;
     let view = call.guest(&named)?;
-    live(&view, flags)?;
-    let name = interface_of(&view, &which)?;
-    let parsed = karst_engine::compute::expand::parse_devices(&view.expanded_devices)?;
+    let side = asked(&view, flags)?;
+    let name = interface_of(&side, &which)?;
+    let parsed = karst_engine::compute::expand::parse_devices(side.all_devices)?;
     let port = parsed.nics.iter().find(|(n, _)| *n == name).map(|(_, nic)| &nic.port);
     let average = |bits: Option<u64>| Typed::Uint(bits.map_or(0, |b| (b / 8192) as u32));
     let of = |field: &str| match field {
@@ -659,7 +658,6 @@ pub async fn set_interface_tuning(call: Call) -> Answered {
         call.arguments(|r| Ok((Named::read_domain(r)?, r.string()?, r.array(16, typed)?, r.u32()?)))?;
     call.known_flags(flags, LIVE | CONFIG)?;
     let view = call.guest(&named)?;
-    let device = interface_of(&view, &which)?;
     let mut keys = vec![("limits.max", None)];
     for (field, value) in &all {
         let n = number(value).ok_or_else(|| VirError::argument(format!("{field} is no number")))?;
@@ -671,6 +669,7 @@ pub async fn set_interface_tuning(call: Call) -> Answered {
         };
         keys.push((key, (n > 0).then(|| format!("{}kbit", n.saturating_mul(8192).div_ceil(1000)))));
     }
-    set_device(&call, &view, flags, &device, keys).await?;
+    let affects = affects(&view, flags)?;
+    set_device(&call, &view, affects, |side| Ok((interface_of(side, &which)?, keys.clone()))).await?;
     Ok(nothing())
 }

@@ -219,10 +219,8 @@ pub async fn vcpus(call: Call) -> Answered {
     // Live, configured, maximum, as the guest sees them.
     call.known_flags(flags, 1 | 2 | 4)?;
     let view = call.guest(&named)?;
-    if flags & 1 != 0 && !is_running(&view) {
-        return Err(VirError::state("domain is not running"));
-    }
-    Ok(int(limits::of(&view)?.cpus(&call)? as i32))
+    let config = super::tuning::config_of(&view, flags)?;
+    Ok(int(limits::of_config(view.instance.kind, config)?.cpus(&call)? as i32))
 }
 
 /// `DOMAIN_GET_OS_TYPE`

@@ -32,10 +32,10 @@ pub(crate) struct Disk {
 pub(crate) fn disks(records: &Records, view: &InstanceView) -> Vec<Disk> {
     let applied = view.runtime.as_ref().and_then(|r| r.applied.as_ref()).filter(|_| is_running(view));
     let mut all = vec![];
-    for (name, keys) in applied.map_or(&view.expanded_devices, |a| &a.devices) {
+    let devices = applied.map_or(&view.expanded_devices, |a| &a.devices);
+    for (name, keys) in devices {
         let key = |key: &str| keys.get(key).map(String::as_str);
-        let Some(identity) = view.instance.identities.get(name).filter(|_| key("type") == Some("disk"))
-        else {
+        let Some(identity) = view.identity(name, devices).filter(|_| key("type") == Some("disk")) else {
             continue;
         };
         if is_no_drive(identity) {

@@ -25,6 +25,7 @@ pub mod plugged;
 pub mod pools;
 pub mod power;
 pub mod secret;
+mod sides;
 pub mod snapshots;
 pub mod stats;
 pub mod storage;

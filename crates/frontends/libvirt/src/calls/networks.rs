@@ -375,8 +375,9 @@ struct Port {
 fn ports(call: &Call, network: &Network) -> Result<Vec<Port>, VirError> {
     let mut all = vec![];
     for guest in super::network::guests(call)?.into_iter().filter(|v| super::domain::is_running(v)) {
-        for (name, identity) in &guest.instance.identities {
-            let on = guest.expanded_devices.get(name).and_then(|keys| keys.get("network"));
+        let devices = guest.run().map_or(&guest.expanded_devices, |run| &run.devices);
+        for (name, identity) in &guest.run_identities() {
+            let on = devices.get(name).and_then(|keys| keys.get("network"));
             if let (Some(mac), true) = (&identity.mac, on.is_some_and(|n| **n == *network.name)) {
                 all.push(Port { uuid: identity.id.uuid(), mac: mac.clone(), guest: guest.clone() });
             }

@@ -103,9 +103,10 @@ fn bindings(call: &Call) -> Result<Vec<Binding>, VirError> {
         let applied = view.runtime.as_ref().and_then(|r| r.applied.as_ref());
         let config = applied.map_or(&view.expanded_config, |a| &a.config);
         let opaque = config.get(OPAQUE).map(|text| Opaque::parse(text)).unwrap_or_default();
-        let parsed = parse_devices(applied.map_or(&view.expanded_devices, |a| &a.devices))?;
+        let devices = applied.map_or(&view.expanded_devices, |a| &a.devices);
+        let parsed = parse_devices(devices)?;
         for (name, nic) in parsed.nics.iter().filter(|(_, nic)| nic.attached) {
-            let Some(identity) = view.instance.identities.get(name) else { continue };
+            let Some(identity) = view.identity(name, devices) else { continue };
             let (Some(port), Some(mac)) = (&identity.host_interface, &identity.mac) else { continue };
             let flags = (nic.port.mac_filter, nic.port.ipv4_filter || nic.port.ipv6_filter);
             let kept = opaque.nics.get(mac).and_then(|e| e.find("filterref"));

@@ -4,9 +4,10 @@
 
 use super::{
     Answered, Named,
-    devices::{CONFIG, LIVE, live, number, typed},
+    devices::{number, typed},
     figures::{cpu_map, map_length},
-    nothing,
+    nothing, sides,
+    sides::{CONFIG, LIVE},
     tuning::{config_of, set, set_all},
 };
 use crate::{
@@ -70,7 +71,7 @@ async fn pin(call: &Call, named: &Named, thread: Thread, map: &[u8], flags: u32)
     if wanted.is_empty() {
         return Err(VirError::argument("Empty cpu list for pinning"));
     }
-    let limits = limits::of(&view)?;
+    let limits = limits::of_config(view.instance.kind, config_of(&view, flags)?)?;
     match call.opened()?.driver {
         Driver::Lxc => pin_together(call, &view, &limits, &wanted, host, flags).await?,
         Driver::Qemu => {
@@ -146,7 +147,8 @@ pub async fn pin_vcpu_flags(call: Call) -> Answered {
 }
 
 async fn pin_vcpu_to(call: &Call, named: &Named, vcpu: u32, map: &[u8], flags: u32) -> Answered {
-    let cpus = limits::of(&*call.guest(named)?)?.cpus(call)?;
+    let view = call.guest(named)?;
+    let cpus = limits::of_config(view.instance.kind, config_of(&view, flags)?)?.cpus(call)?;
     if vcpu >= cpus {
         return Err(VirError::argument(format!("vcpu {vcpu} is out of range of {cpus}")));
     }
@@ -190,8 +192,7 @@ fn machine(
     if call.opened()?.driver != Driver::Qemu {
         return Err(refuse("iothreads", "the disks of containers are served by the host's kernel"));
     }
-    live(&view, flags)?;
-    let ids = threads::iothreads(&view.expanded_config)?.into_iter().map(|t| t.id).collect();
+    let ids = threads::iothreads(config_of(&view, flags)?)?.into_iter().map(|t| t.id).collect();
     Ok((view, ids))
 }
 
@@ -231,12 +232,11 @@ pub async fn delete_iothread(call: Call) -> Answered {
     }
     let text = id.to_string();
     let used = |key: &str, keys: &std::collections::BTreeMap<String, String>| keys.get(key) == Some(&text);
-    let disk = view.expanded_devices.iter().find(|(_, keys)| used("io.thread", keys));
+    let side = sides::asked(&view, flags)?;
+    let disk = side.all_devices.iter().find(|(_, keys)| used("io.thread", keys));
     let user = match disk {
         Some((name, _)) => Some(format!("disk '{}'", target_of(&view, name))),
-        None => {
-            used(SCSI_IOTHREAD, &view.expanded_config).then(|| "the controller of disks on scsi".to_owned())
-        }
+        None => used(SCSI_IOTHREAD, side.all_config).then(|| "the controller of disks on scsi".to_owned()),
     };
     if let Some(user) = user {
         let why = format!("cannot remove IOThread {id} since it is being used by {user}");

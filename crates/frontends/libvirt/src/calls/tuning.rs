@@ -4,9 +4,10 @@
 use super::{
     Answered, Named,
     connect::facts,
-    devices::{CONFIG, LIVE, live, number, parameters, typed, write},
+    devices::{number, parameters, typed},
     domain::is_running,
     nothing,
+    sides::{CONFIG, LIVE, affects, asked, edits, write},
 };
 use crate::{
     error::VirError,
@@ -43,9 +44,7 @@ fn limits_of(config: &Config) -> Result<Limits, VirError> {
 
 /// The keys that a question is about: those that a running guest has, or those of its next start.
 pub(super) fn config_of(view: &InstanceView, flags: u32) -> Result<&Config, VirError> {
-    let live = live(view, flags & 3)?;
-    let applied = view.runtime.as_ref().and_then(|r| r.applied.as_ref()).filter(|_| live);
-    Ok(applied.map_or(&view.expanded_config, |a| &a.config))
+    Ok(asked(view, flags & (LIVE | CONFIG))?.all_config)
 }
 
 /// `DOMAIN_GET_SCHEDULER_TYPE`
@@ -181,16 +180,17 @@ pub(super) async fn set_all(
     keys: Vec<(String, Option<String>)>,
     touched: &[String],
 ) -> Result<(), VirError> {
-    let live = live(view, flags)?;
-    let mut config = view.instance.config.clone();
-    for (key, value) in keys {
-        match value {
-            Some(value) => drop(config.insert(key, value)),
-            None => drop(config.remove(&key)),
+    let edits = edits(view, affects(view, flags)?, |side| {
+        let mut config = side.config.clone();
+        for (key, value) in &keys {
+            match value {
+                Some(value) => drop(config.insert(key.clone(), value.clone())),
+                None => drop(config.remove(key)),
+            }
         }
-    }
-    let devices = view.instance.devices.clone();
-    write(call, view, spec::Updated { config, devices, slots: Default::default() }, live, touched).await
+        Ok(spec::Updated { config, devices: side.devices.clone(), slots: Default::default() })
+    })?;
+    write(call, view, edits, touched).await
 }
 
 /// The same of a machine's limits; those that are said.
@@ -251,7 +251,7 @@ async fn set_scheduler_to(call: &Call, (named, all): (Named, Parameters), flags:
     call.known_flags(flags, LIVE | CONFIG)?;
     let view = call.guest(&named)?;
     if call.opened()?.driver == Driver::Qemu {
-        let keys = machine_shares(&all, &of_config(&view.expanded_config)?)?;
+        let keys = machine_shares(&all, &of_config(config_of(&view, flags)?)?)?;
         set_limits(call, &view, flags, keys).await?;
         return Ok(nothing());
     }
@@ -313,7 +313,8 @@ pub async fn set_memory(call: Call) -> Answered {
     let view = call.guest(&named)?;
     let limited = |value: &Typed| number(value).filter(|n| *n < UNLIMITED);
     if call.opened()?.driver == Driver::Qemu {
-        let now = of_config(&view.expanded_config)?;
+        let config = config_of(&view, flags)?;
+        let now = of_config(config)?;
         let (mut hard, mut soft, mut both) = (now.hard, now.soft, now.swap);
         for (field, value) in &all {
             let size = match field.as_str() {
@@ -324,7 +325,11 @@ pub async fn set_memory(call: Call) -> Answered {
             };
             *size = limited(value);
         }
-        demand_room("hard_limit", hard, crate::limits::of(&view)?.memory_kib(&call)?)?;
+        demand_room(
+            "hard_limit",
+            hard,
+            crate::limits::of_config(view.instance.kind, config)?.memory_kib(&call)?,
+        )?;
         let kib = |n: Option<u64>| n.map(|n| format!("{n}KiB"));
         let mut keys = vec![(HARD.to_owned(), kib(hard)), (SOFT.to_owned(), kib(soft))];
         if both.is_some() || now.swap.is_some() {

@@ -40,13 +40,14 @@ pub struct Nic {
     pub host_interface: String,
 }
 
-/// NICs of a guest.
+/// NICs of a guest: those that it runs with, else those of its next start.
 ///
 /// # Errors
 /// Invalid, when its devices are.
 pub fn nics(view: &InstanceView) -> Result<Vec<Nic>, VirError> {
-    let parsed = parse_devices(&view.expanded_devices)?;
-    let with = |name: &str| view.instance.identities.get(name);
+    let devices = view.run().map_or(&view.expanded_devices, |run| &run.devices);
+    let parsed = parse_devices(devices)?;
+    let with = |name: &str| view.identity(name, devices);
     Ok(parsed
         .nics
         .iter()

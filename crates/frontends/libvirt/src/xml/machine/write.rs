@@ -396,7 +396,7 @@ fn devices(shown: &Shown<'_>, opaque: &Opaque, on_board: &Board) -> Result<Eleme
     let live = shown.id.is_some();
     let instance = &shown.view.instance;
     let parsed = parse_devices(shown.devices)?;
-    let of = |name: &str| instance.identities.get(name);
+    let of = |name: &str| shown.view.identity(name, shown.devices);
     let mut devices = Element::new("devices");
     devices.push(Element::text("emulator", format!("/usr/bin/qemu-system-{}", instance.architecture)));
     let orders = Orders::of(shown, opaque);
