@@ -15,6 +15,7 @@ use karst_model::{Config, access::Principal, threads::IoThread};
 
 const LIVE: u32 = 1;
 const CONFIG: u32 = 2;
+const BOTH: u32 = LIVE | CONFIG;
 
 async fn call(
     client: &mut Client,
@@ -160,7 +161,7 @@ async fn threads_that_serve_disks_come_and_go() {
     );
     call(&mut client, "DOMAIN_CREATE", |w| w).await.unwrap();
     for id in [2, 7] {
-        call(&mut client, "DOMAIN_ADD_IOTHREAD", |w| w.u32(id).u32(LIVE)).await.unwrap();
+        call(&mut client, "DOMAIN_ADD_IOTHREAD", |w| w.u32(id).u32(BOTH)).await.unwrap();
     }
     assert_eq!(threads(&server).await.iter().map(|t| t.id).collect::<Vec<_>>(), [2, 7]);
     assert_eq!(config(&server)["hardware.iothreads"], "2,7");
@@ -169,7 +170,7 @@ async fn threads_that_serve_disks_come_and_go() {
     is(call(&mut client, "DOMAIN_ADD_IOTHREAD", |w| w.u32(1).u32(64)).await, Code::InvalidArg, "flags");
 
     let ns = Typed::Ullong(4096);
-    call(&mut client, "DOMAIN_SET_IOTHREAD_PARAMS", |w| w.u32(7).u32(1).typed("poll_max_ns", &ns).u32(LIVE))
+    call(&mut client, "DOMAIN_SET_IOTHREAD_PARAMS", |w| w.u32(7).u32(1).typed("poll_max_ns", &ns).u32(BOTH))
         .await
         .unwrap();
     assert_eq!(threads(&server).await[1].poll_max_ns, Some(4096));
@@ -190,7 +191,7 @@ async fn threads_that_serve_disks_come_and_go() {
         is(refused.await, code, word);
     }
 
-    call(&mut client, "DOMAIN_PIN_IOTHREAD", |w| w.u32(7).opaque(&[0b1000, 0]).u32(LIVE)).await.unwrap();
+    call(&mut client, "DOMAIN_PIN_IOTHREAD", |w| w.u32(7).opaque(&[0b1000, 0]).u32(BOTH)).await.unwrap();
     is(
         call(&mut client, "DOMAIN_PIN_IOTHREAD", |w| w.u32(3).opaque(&[1]).u32(LIVE)).await,
         Code::InvalidArg,
@@ -210,7 +211,7 @@ async fn threads_that_serve_disks_come_and_go() {
     };
     assert_eq!((info(&mut client, LIVE).await, info(&mut client, CONFIG).await), (2, 3));
 
-    call(&mut client, "DOMAIN_DEL_IOTHREAD", |w| w.u32(7).u32(LIVE)).await.unwrap();
+    call(&mut client, "DOMAIN_DEL_IOTHREAD", |w| w.u32(7).u32(BOTH)).await.unwrap();
     let left = config(&server);
     assert!(!left.keys().any(|k| k.contains(".7.") || k.ends_with("iothread7")), "{left:?}");
     assert_eq!(left["hardware.iothreads"], "2");
@@ -255,7 +256,7 @@ async fn threads_are_pinned_one_by_one() {
         .await
     };
     // Within the set, and out of it, which it leaves to the others.
-    set(&mut client, &pin(1, [2, 0], LIVE)).await.unwrap();
+    set(&mut client, &pin(1, [2, 0], BOTH)).await.unwrap();
     assert_eq!(
         (maps(&mut client, LIVE).await, config(&server)["limits.cpu"].as_str()),
         (vec![3, 0, 2, 0], "0-1")
@@ -275,10 +276,10 @@ async fn threads_are_pinned_one_by_one() {
 
     call(&mut client, "DOMAIN_DESTROY", |w| w).await.unwrap();
     call(&mut client, "DOMAIN_CREATE", |w| w).await.unwrap();
-    call(&mut client, "DOMAIN_PIN_EMULATOR", |w| w.opaque(&[4, 0]).u32(LIVE)).await.unwrap();
+    call(&mut client, "DOMAIN_PIN_EMULATOR", |w| w.opaque(&[4, 0]).u32(BOTH)).await.unwrap();
     assert_eq!(emulator(&mut client).await, [4, 0]);
     assert_eq!(maps(&mut client, LIVE).await, [0, 0x80, 2, 0]);
-    call(&mut client, "DOMAIN_PIN_EMULATOR", |w| w.opaque(&[3, 0]).u32(LIVE)).await.unwrap();
+    call(&mut client, "DOMAIN_PIN_EMULATOR", |w| w.opaque(&[3, 0]).u32(BOTH)).await.unwrap();
     assert!(!config(&server).contains_key("limits.cpu.pin.emulator"), "where all are");
     assert_eq!(emulator(&mut client).await, [3, 0]);
 }
@@ -294,7 +295,7 @@ async fn shares_memory_disks_and_nodes_of_a_machine_are_set() {
             for (field, value) in all {
                 w.typed(field, value);
             }
-            w.u32(LIVE)
+            w.u32(BOTH)
         })
         .await
     };

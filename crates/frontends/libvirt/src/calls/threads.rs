@@ -6,9 +6,9 @@ use super::{
     Answered, Named,
     devices::{number, typed},
     figures::{cpu_map, map_length},
-    nothing, sides,
-    sides::{CONFIG, LIVE},
-    tuning::{config_of, set, set_all},
+    nothing,
+    sides::{self, CONFIG, LIVE, Side, affects},
+    tuning::{Keys, config_of, set, set_sides},
 };
 use crate::{
     error::{Code, VirError},
@@ -19,6 +19,7 @@ use crate::{
 };
 use karst_engine::InstanceView;
 use karst_model::threads::{self, IOTHREADS, MAX_IOTHREAD, PROPERTIES, SCSI_IOTHREAD, Thread};
+use std::collections::BTreeMap;
 
 /// Limits of a domain and the host's CPUs, of a length that maps of them have.
 fn asked(
@@ -71,12 +72,17 @@ async fn pin(call: &Call, named: &Named, thread: Thread, map: &[u8], flags: u32)
     if wanted.is_empty() {
         return Err(VirError::argument("Empty cpu list for pinning"));
     }
-    let limits = limits::of_config(view.instance.kind, config_of(&view, flags)?)?;
     match call.opened()?.driver {
-        Driver::Lxc => pin_together(call, &view, &limits, &wanted, host, flags).await?,
+        Driver::Lxc => {
+            let limits = limits::of_config(view.instance.kind, config_of(&view, flags)?)?;
+            pin_together(call, &view, &limits, &wanted, host, flags).await?;
+        }
         Driver::Qemu => {
-            let keys = pins(&limits, thread, &wanted, host);
-            set_all(call, &view, flags, keys, &[thread.key()]).await?;
+            let keys = |side: &Side<'_>| -> Result<Keys, VirError> {
+                let limits = limits::of_config(view.instance.kind, side.all_config)?;
+                Ok(pins(&limits, thread, &wanted, host))
+            };
+            set_sides(call, &view, flags, &[thread.key()], keys).await?;
         }
     }
     Ok(nothing())
@@ -84,7 +90,7 @@ async fn pin(call: &Call, named: &Named, thread: Thread, map: &[u8], flags: u32)
 
 /// The keys that pin a thread of a machine. Where `limits.cpu` names CPUs without some of those, it becomes their number, and the
 /// others run where they did.
-fn pins(limits: &limits::Limits, thread: Thread, wanted: &[u32], host: u32) -> Vec<(String, Option<String>)> {
+fn pins(limits: &limits::Limits, thread: Thread, wanted: &[u32], host: u32) -> Keys {
     let mut keys = vec![];
     if let Some(set) = limits.set().filter(|set| wanted.iter().any(|cpu| !set.contains(cpu))) {
         keys.push(("limits.cpu".to_owned(), Some(set.len().to_string())));
@@ -181,19 +187,21 @@ pub async fn iothreads(call: Call) -> Answered {
     Ok(w.finish().into())
 }
 
-/// A machine whose threads are to change, and the numbers that it will have without the change.
-fn machine(
-    call: &Call,
-    named: &Named,
-    flags: u32,
-) -> Result<(std::sync::Arc<InstanceView>, Vec<u32>), VirError> {
+/// A machine whose threads are to change.
+fn machine(call: &Call, named: &Named, flags: u32) -> Result<std::sync::Arc<InstanceView>, VirError> {
     call.known_flags(flags, LIVE | CONFIG)?;
     let view = call.guest(named)?;
     if call.opened()?.driver != Driver::Qemu {
         return Err(refuse("iothreads", "the disks of containers are served by the host's kernel"));
     }
-    let ids = threads::iothreads(config_of(&view, flags)?)?.into_iter().map(|t| t.id).collect();
-    Ok((view, ids))
+    // Refused before anything else is said of it.
+    affects(&view, flags)?;
+    Ok(view)
+}
+
+/// The numbers of the threads of one side.
+fn ids(side: &Side<'_>) -> Result<Vec<u32>, VirError> {
+    Ok(threads::iothreads(side.all_config)?.into_iter().map(|t| t.id).collect())
 }
 
 fn demand_number(id: u32) -> Result<(), VirError> {
@@ -211,48 +219,62 @@ fn missing(id: u32) -> VirError {
 /// `DOMAIN_ADD_IOTHREAD`
 pub async fn add_iothread(call: Call) -> Answered {
     let (named, id, flags) = call.arguments(|r| Ok((Named::read_domain(r)?, r.u32()?, r.u32()?)))?;
-    let (view, mut ids) = machine(&call, &named, flags)?;
+    let view = machine(&call, &named, flags)?;
     demand_number(id)?;
-    if ids.contains(&id) {
-        return Err(VirError::argument(format!("an IOThread is already using iothread_id '{id}'")));
-    }
-    ids.push(id);
-    ids.sort_unstable();
-    set(&call, &view, flags, IOTHREADS, threads::iothreads_text(&ids)).await?;
+    let keys = |side: &Side<'_>| -> Result<Keys, VirError> {
+        let mut ids = ids(side)?;
+        if ids.contains(&id) {
+            return Err(VirError::argument(format!("an IOThread is already using iothread_id '{id}'")));
+        }
+        ids.push(id);
+        ids.sort_unstable();
+        Ok(vec![(IOTHREADS.to_owned(), threads::iothreads_text(&ids))])
+    };
+    set_sides(&call, &view, flags, &[IOTHREADS.to_owned()], keys).await?;
     Ok(nothing())
 }
 
 /// `DOMAIN_DEL_IOTHREAD`
 pub async fn delete_iothread(call: Call) -> Answered {
     let (named, id, flags) = call.arguments(|r| Ok((Named::read_domain(r)?, r.u32()?, r.u32()?)))?;
-    let (view, mut ids) = machine(&call, &named, flags)?;
+    let view = machine(&call, &named, flags)?;
     demand_number(id)?;
-    if !ids.contains(&id) {
-        return Err(missing(id));
-    }
-    let text = id.to_string();
-    let used = |key: &str, keys: &std::collections::BTreeMap<String, String>| keys.get(key) == Some(&text);
-    let side = sides::asked(&view, flags)?;
-    let disk = side.all_devices.iter().find(|(_, keys)| used("io.thread", keys));
-    let user = match disk {
-        Some((name, _)) => Some(format!("disk '{}'", target_of(&view, name))),
-        None => used(SCSI_IOTHREAD, side.all_config).then(|| "the controller of disks on scsi".to_owned()),
+    let keys = |side: &Side<'_>| -> Result<Keys, VirError> {
+        let mut ids = ids(side)?;
+        if !ids.contains(&id) {
+            return Err(missing(id));
+        }
+        demand_unused(side, id)?;
+        ids.retain(|other| *other != id);
+        let properties = PROPERTIES.iter().map(|name| format!("{IOTHREADS}.{id}.{name}"));
+        let gone = properties.chain([Thread::Io(id).key()]).map(|key| (key, None));
+        Ok(gone.chain([(IOTHREADS.to_owned(), threads::iothreads_text(&ids))]).collect())
     };
-    if let Some(user) = user {
-        let why = format!("cannot remove IOThread {id} since it is being used by {user}");
-        return Err(VirError::argument(why));
-    }
-    ids.retain(|other| *other != id);
-    let properties = PROPERTIES.iter().map(|name| format!("{IOTHREADS}.{id}.{name}"));
-    let gone = properties.chain([Thread::Io(id).key()]).map(|key| (key, None));
-    let keys = gone.chain([(IOTHREADS.to_owned(), threads::iothreads_text(&ids))]).collect();
-    set_all(&call, &view, flags, keys, &[IOTHREADS.to_owned()]).await?;
+    set_sides(&call, &view, flags, &[IOTHREADS.to_owned()], keys).await?;
     Ok(nothing())
 }
 
+/// No disk of a side is served by the thread.
+fn demand_unused(side: &Side<'_>, id: u32) -> Result<(), VirError> {
+    let text = id.to_string();
+    let used = |key: &str, keys: &BTreeMap<String, String>| keys.get(key) == Some(&text);
+    let disk = side.all_devices.iter().find(|(_, keys)| used("io.thread", keys));
+    let user = match disk {
+        Some((name, _)) => Some(format!("disk '{}'", target_of(side, name))),
+        None => used(SCSI_IOTHREAD, side.all_config).then(|| "the controller of disks on scsi".to_owned()),
+    };
+    match user {
+        None => Ok(()),
+        Some(user) => {
+            let why = format!("cannot remove IOThread {id} since it is being used by {user}");
+            Err(VirError::argument(why))
+        }
+    }
+}
+
 /// The name that documents have of a disk.
-fn target_of(view: &InstanceView, device: &str) -> String {
-    let slot = view.instance.identities.get(device).map_or(device, |i| i.slot.as_str());
+fn target_of(side: &Side<'_>, device: &str) -> String {
+    let slot = side.identities.get(device).map_or(device, |i| i.slot.as_str());
     crate::xml::machine::target(slot, karst_model::device::DiskBus::VirtioBlk).0
 }
 
@@ -260,7 +282,7 @@ fn target_of(view: &InstanceView, device: &str) -> String {
 pub async fn set_iothread(call: Call) -> Answered {
     let (named, id, all, flags) =
         call.arguments(|r| Ok((Named::read_domain(r)?, r.u32()?, r.array(64, typed)?, r.u32()?)))?;
-    let (view, ids) = machine(&call, &named, flags)?;
+    let view = machine(&call, &named, flags)?;
     demand_number(id)?;
     let mut keys: Vec<(String, Option<String>)> = vec![];
     for (field, value) in &all {
@@ -277,11 +299,14 @@ pub async fn set_iothread(call: Call) -> Answered {
         };
         keys.push((format!("{IOTHREADS}.{id}.{field}"), value));
     }
-    if !ids.contains(&id) {
-        return Err(missing(id));
-    }
     let touched: Vec<String> = keys.iter().map(|(key, _)| key.clone()).collect();
-    set_all(&call, &view, flags, keys, &touched).await?;
+    let keys = |side: &Side<'_>| -> Result<Keys, VirError> {
+        match ids(side)?.contains(&id) {
+            true => Ok(keys.clone()),
+            false => Err(missing(id)),
+        }
+    };
+    set_sides(&call, &view, flags, &touched, keys).await?;
     Ok(nothing())
 }
 
@@ -289,8 +314,8 @@ pub async fn set_iothread(call: Call) -> Answered {
 pub async fn pin_iothread(call: Call) -> Answered {
     let (named, id, map, flags) =
         call.arguments(|r| Ok((Named::read_domain(r)?, r.u32()?, r.opaque(2048)?.to_vec(), r.u32()?)))?;
-    let (_, ids) = machine(&call, &named, flags)?;
-    if !ids.contains(&id) {
+    let view = machine(&call, &named, flags)?;
+    if !ids(&sides::asked(&view, flags)?)?.contains(&id) {
         let text = format!("iothread {id} not found");
         return Err(VirError::new(Code::InvalidArg, Driver::Qemu.part(), text));
     }

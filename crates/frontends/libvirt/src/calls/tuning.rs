@@ -7,7 +7,7 @@ use super::{
     devices::{number, parameters, typed},
     domain::is_running,
     nothing,
-    sides::{CONFIG, LIVE, affects, asked, edits, write},
+    sides::{CONFIG, LIVE, Side, affects, asked, edits, write},
 };
 use crate::{
     error::VirError,
@@ -169,23 +169,28 @@ pub(super) async fn set(
     key: &str,
     value: Option<String>,
 ) -> Result<(), VirError> {
-    set_all(call, view, flags, vec![(key.to_owned(), value)], &[key.to_owned()]).await
+    let keys = vec![(key.to_owned(), value)];
+    set_sides(call, view, flags, &[key.to_owned()], |_| Ok(keys.clone())).await
 }
 
-/// The same of several, all of them or none; `touched` are those that a running guest must have taken.
-pub(super) async fn set_all(
+/// Keys with their new values; without one a key is taken away.
+pub(super) type Keys = Vec<(String, Option<String>)>;
+
+/// The same of several, all of them or none, where what is set depends on what the side has; `touched` are those that a running
+/// guest must have taken.
+pub(super) async fn set_sides(
     call: &Call,
     view: &InstanceView,
     flags: u32,
-    keys: Vec<(String, Option<String>)>,
     touched: &[String],
+    keys: impl Fn(&Side<'_>) -> Result<Keys, VirError>,
 ) -> Result<(), VirError> {
     let edits = edits(view, affects(view, flags)?, |side| {
         let mut config = side.config.clone();
-        for (key, value) in &keys {
+        for (key, value) in keys(side)? {
             match value {
-                Some(value) => drop(config.insert(key.clone(), value.clone())),
-                None => drop(config.remove(key)),
+                Some(value) => drop(config.insert(key, value)),
+                None => drop(config.remove(&key)),
             }
         }
         Ok(spec::Updated { config, devices: side.devices.clone(), slots: Default::default() })
@@ -193,15 +198,16 @@ pub(super) async fn set_all(
     write(call, view, edits, touched).await
 }
 
-/// The same of a machine's limits; those that are said.
+/// The same, where the run must have taken all that is said.
 async fn set_limits(
     call: &Call,
     view: &InstanceView,
     flags: u32,
-    keys: Vec<(String, Option<String>)>,
+    keys: impl Fn(&Side<'_>) -> Result<Keys, VirError>,
 ) -> Result<(), VirError> {
-    let touched: Vec<String> = keys.iter().map(|(key, _)| key.clone()).collect();
-    set_all(call, view, flags, keys, &touched).await
+    let said = keys(&asked(view, flags)?)?;
+    let touched: Vec<String> = said.into_iter().map(|(key, _)| key).collect();
+    set_sides(call, view, flags, &touched, keys).await
 }
 
 /// What parameters of a machine's scheduler mean, beside what it has.
@@ -251,8 +257,7 @@ async fn set_scheduler_to(call: &Call, (named, all): (Named, Parameters), flags:
     call.known_flags(flags, LIVE | CONFIG)?;
     let view = call.guest(&named)?;
     if call.opened()?.driver == Driver::Qemu {
-        let keys = machine_shares(&all, &of_config(config_of(&view, flags)?)?)?;
-        set_limits(call, &view, flags, keys).await?;
+        set_limits(call, &view, flags, |side| machine_shares(&all, &of_config(side.all_config)?)).await?;
         return Ok(nothing());
     }
     set(call, &view, flags, "limits.cpu.allowance", allowance(&all)?).await?;
@@ -313,29 +318,28 @@ pub async fn set_memory(call: Call) -> Answered {
     let view = call.guest(&named)?;
     let limited = |value: &Typed| number(value).filter(|n| *n < UNLIMITED);
     if call.opened()?.driver == Driver::Qemu {
-        let config = config_of(&view, flags)?;
-        let now = of_config(config)?;
-        let (mut hard, mut soft, mut both) = (now.hard, now.soft, now.swap);
-        for (field, value) in &all {
-            let size = match field.as_str() {
-                "hard_limit" => &mut hard,
-                "soft_limit" => &mut soft,
-                "swap_hard_limit" => &mut both,
-                other => return Err(VirError::argument(format!("parameter '{other}' not supported"))),
-            };
-            *size = limited(value);
-        }
-        demand_room(
-            "hard_limit",
-            hard,
-            crate::limits::of_config(view.instance.kind, config)?.memory_kib(&call)?,
-        )?;
-        let kib = |n: Option<u64>| n.map(|n| format!("{n}KiB"));
-        let mut keys = vec![(HARD.to_owned(), kib(hard)), (SOFT.to_owned(), kib(soft))];
-        if both.is_some() || now.swap.is_some() {
-            keys.push((SWAP.to_owned(), swap_of(hard, both)?.map(swap)));
-        }
-        set_limits(&call, &view, flags, keys).await?;
+        set_limits(&call, &view, flags, |side| {
+            let now = of_config(side.all_config)?;
+            let (mut hard, mut soft, mut both) = (now.hard, now.soft, now.swap);
+            for (field, value) in &all {
+                let size = match field.as_str() {
+                    "hard_limit" => &mut hard,
+                    "soft_limit" => &mut soft,
+                    "swap_hard_limit" => &mut both,
+                    other => return Err(VirError::argument(format!("parameter '{other}' not supported"))),
+                };
+                *size = limited(value);
+            }
+            let limits = crate::limits::of_config(view.instance.kind, side.all_config)?;
+            demand_room("hard_limit", hard, limits.memory_kib(&call)?)?;
+            let kib = |n: Option<u64>| n.map(|n| format!("{n}KiB"));
+            let mut keys = vec![(HARD.to_owned(), kib(hard)), (SOFT.to_owned(), kib(soft))];
+            if both.is_some() || now.swap.is_some() {
+                keys.push((SWAP.to_owned(), swap_of(hard, both)?.map(swap)));
+            }
+            Ok(keys)
+        })
+        .await?;
         return Ok(nothing());
     }
     for (field, value) in &all {
@@ -434,7 +438,7 @@ pub async fn set_nodes(call: Call) -> Answered {
             (other, _) => return Err(VirError::argument(format!("parameter '{other}' not supported"))),
         }
     }
-    set_limits(&call, &view, flags, keys).await?;
+    set_limits(&call, &view, flags, |_| Ok(keys.clone())).await?;
     Ok(nothing())
 }
 
