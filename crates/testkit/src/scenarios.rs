@@ -264,7 +264,8 @@ mod networks;
 mod pools;
 mod profiles;
 mod recover;
-pub use recover::lose;
+mod runs;
+pub use {recover::lose, runs::change_run};
 
 /// All scenarios.
 pub fn all() -> Vec<Scenario> {
@@ -796,5 +797,6 @@ pub fn all() -> Vec<Scenario> {
     all.extend(networks::scenarios());
     all.extend(pools::scenarios());
     all.extend(recover::scenarios());
+    all.extend(runs::scenarios());
     all
 }

@@ -19,6 +19,7 @@ use karst_engine::{
         disk_copy::{CopyDisk, CopyTarget},
         memory_files::{AfterDump, DumpMemory, SaveMemory},
         power::PowerRequest,
+        run::MachineChange,
         update::UpdateInstance,
     },
     firewall::{UpdateAcl, UpdateAddressSet, UpdateForward},
@@ -418,6 +419,7 @@ fn cases() -> Vec<Case> {
         instance_rename Edit |f, c, p| f.w.engine.instance_rename(c, p, "still", "renamed").await;
         instance_delete Edit |f, c, p| f.w.engine.instance_delete(c, p, "still").await.map(drop);
         machine_update Edit |f, c, p| f.w.engine.machine_update(c, p, "still", UpdateInstance { description: "x".into(), ephemeral: false, config: Config::new(), devices: Devices::new(), profiles: vec!["default".into()], if_version: None }, true, &BTreeMap::new()).await.map(drop);
+        machine_change Edit |f, c, p| f.w.engine.machine_change(c, p, "still", MachineChange { definition: Some(UpdateInstance { description: "x".into(), ephemeral: false, config: Config::new(), devices: Devices::new(), profiles: vec!["default".into()], if_version: None }), ..Default::default() }).await.map(drop);
         instance_undefine Edit |f, c, p| f.w.engine.instance_undefine(c, p, "still").await.map(drop);
         machine_define Edit |f, c, p| f.w.engine.machine_define(c, p, DefineMachine { create: CreateInstance { kind: InstanceKind::VirtualMachine, ..container("fresh") }, uuid: None, places: BTreeMap::new(), paused: false, memory: None }).await.map(drop);
         instance_power Use |f, c, p| f.w.engine.instance_power(c, p, "run", power(PowerAction::Stop)).await.map(drop);

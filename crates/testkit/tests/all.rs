@@ -22,6 +22,7 @@ mod profile_changes;
 mod races;
 mod recover;
 mod restored;
+mod runs;
 mod sagas;
 mod secrets;
 mod shared_volumes;

@@ -70,7 +70,12 @@ impl<'a> Merged<'a> {
         all.insert("volatile.last_state.power".into(), power.into());
         all.insert("volatile.uuid".into(), i.id.to_string().into());
         let running = !matches!(view.status, Status::Stopped);
-        for (name, identity) in &i.identities {
+        // Of a device of the run only as long as that lasts.
+        let there = |name: &String| {
+            view.expanded_devices.contains_key(name)
+                || view.run().is_some_and(|run| run.devices.contains_key(name))
+        };
+        for (name, identity) in i.identities.iter().filter(|(name, _)| there(name)) {
             if let Some(mac) = &identity.mac {
                 all.insert(format!("volatile.{name}.hwaddr").into(), mac.as_str().into());
             }
