@@ -20,6 +20,7 @@ mod protocol;
 mod read_only;
 mod remote;
 mod secrets;
+mod sides;
 mod support;
 mod threads;
 mod volumes;
