@@ -40,9 +40,10 @@ pub(crate) fn metadata(records: &Records, instance: &Instance) -> (Value, BTreeM
 }
 
 /// With what the platform knows under it, as Incus keeps it there.
-fn with_volatile(instance: &Instance, config: &Config) -> Config {
+fn with_volatile(instance: &Instance, config: &Config, devices: &Devices) -> Config {
     let mut all = Config::new();
-    for (name, identity) in &instance.identities {
+    // What only the run has is none of the backup's.
+    for (name, identity) in instance.identities.iter().filter(|(name, _)| devices.contains_key(*name)) {
         if let Some(mac) = &identity.mac {
             all.insert(format!("volatile.{name}.hwaddr"), mac.clone());
         }
@@ -126,7 +127,7 @@ pub(super) fn write(records: &Records, found: &Found, snapshots: &[Row2]) -> Val
                 "name": name,
                 "type": kind,
                 "architecture": i.architecture,
-                "config": with_volatile(i, &i.config),
+                "config": with_volatile(i, &i.config, &expanded_devices),
                 "devices": i.devices,
                 "ephemeral": i.ephemeral,
                 "profiles": profiles(&i.profiles),
@@ -134,7 +135,7 @@ pub(super) fn write(records: &Records, found: &Found, snapshots: &[Row2]) -> Val
                 "description": i.description,
                 "created_at": i.created_at.to_string(),
                 "last_used_at": time(i.last_used_at),
-                "expanded_config": with_volatile(i, &expanded_config),
+                "expanded_config": with_volatile(i, &expanded_config, &expanded_devices),
                 "expanded_devices": expanded_devices,
                 "status": "Stopped",
                 "status_code": 102,
@@ -148,7 +149,7 @@ pub(super) fn write(records: &Records, found: &Found, snapshots: &[Row2]) -> Val
                 Row2::Instance(s) => Some(json!({
                     "name": &*s.name,
                     "architecture": i.architecture,
-                    "config": with_volatile(i, &s.config),
+                    "config": with_volatile(i, &s.config, &expanded_devices),
                     "devices": s.devices,
                     "ephemeral": s.ephemeral,
                     "profiles": profiles(&s.profiles),
