@@ -193,6 +193,9 @@ fn is_root(keys: &BTreeMap<String, String>) -> bool {
     is("type", "disk") && is("path", "/")
 }
 
+/// What a guest has been told, and what it is to be told.
+pub(super) type Differs = (GuestSpec, GuestSpec);
+
 impl EngineInner {
     /// Asks of what a run is to have, as such, what is asked of any definition; `tx` holds as long as that is so.
     ///
@@ -226,7 +229,7 @@ impl EngineInner {
         running: &Running<'_>,
         instance: &mut Instance,
         wanted: &Wanted<'_>,
-    ) -> Result<(Option<RunPlan>, Option<(GuestSpec, GuestSpec)>)> {
+    ) -> Result<(Option<RunPlan>, Option<Differs>)> {
         let Running { runtime, before, defined, after } = *running;
         let (generation, domain_id) = (runtime.generation, runtime.domain_id.unwrap_or(0));
         let spec = |of: &Instance| -> Result<GuestSpec> {

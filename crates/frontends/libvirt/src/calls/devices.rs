@@ -51,7 +51,9 @@ fn documents(
     let edits = edits(view, affects(view, flags)?, |side| {
         let text = match side.run {
             // In the form of a definition: what a run has beside is none of its document's.
-            true => xml::domain::document_of(call, view, side.all_config, side.all_devices, false, None)?,
+            true => {
+                xml::domain::document_of(call, view, side.all_config, side.all_devices, false, (None, &[]))?
+            }
             false => xml::domain::document(call, view, true)?,
         };
         let now = read::machine(&text)?;

@@ -276,7 +276,7 @@ pub async fn set_scheduler_flags(call: Call) -> Answered {
     set_scheduler_to(&call, arguments, flags).await
 }
 
-fn asked(call: &Call) -> Result<(Config, i32), VirError> {
+fn asked_for(call: &Call) -> Result<(Config, i32), VirError> {
     let (named, wanted, flags) = call.arguments(|r| Ok((Named::read_domain(r)?, r.i32()?, r.u32()?)))?;
     call.known_flags(flags, LIVE | CONFIG | STRINGS)?;
     let view = call.guest(&named)?;
@@ -285,7 +285,7 @@ fn asked(call: &Call) -> Result<(Config, i32), VirError> {
 
 /// `DOMAIN_GET_MEMORY_PARAMETERS`, KiB: of a machine what it and its QEMU have together.
 pub async fn memory(call: Call) -> Answered {
-    let (config, wanted) = asked(&call)?;
+    let (config, wanted) = asked_for(&call)?;
     if call.opened()?.driver == Driver::Qemu {
         let all = of_config(&config)?;
         let of = |size: Option<u64>| Typed::Ullong(size.unwrap_or(UNLIMITED));
@@ -362,7 +362,7 @@ pub async fn set_memory(call: Call) -> Answered {
 
 /// `DOMAIN_GET_BLKIO_PARAMETERS`
 pub async fn disks(call: Call) -> Answered {
-    let (config, wanted) = asked(&call)?;
+    let (config, wanted) = asked_for(&call)?;
     let weight = limits_of(&config)?.disk_priority.map_or(0, |p| (p * 100).max(10));
     let mut all = vec![("weight", Typed::Uint(weight))];
     for field in [
@@ -404,7 +404,7 @@ pub async fn set_disks(call: Call) -> Answered {
 
 /// `DOMAIN_GET_NUMA_PARAMETERS`
 pub async fn nodes(call: Call) -> Answered {
-    let (config, wanted) = asked(&call)?;
+    let (config, wanted) = asked_for(&call)?;
     let nodes = limits_of(&config)?.memory_nodes.as_deref().map(ranges).unwrap_or_default();
     parameters(vec![("numa_mode", Typed::Int(0)), ("numa_nodeset", Typed::Text(nodes))], wanted)
 }
