@@ -40,6 +40,9 @@ WORDINGS = [
     (r"Target address is not within the network subnet", r"is not an address for a guest of this network"),
     (r"Source path '.*' doesn't exist", r"this host does not grant"),
     (r"^Error: Invalid instance name$", r"instance \"\S+\" not found"),
+    (r"must be stopped to be rebuilt", r"is running; stop it to rebuild it"),
+    (r"Invalid template filename", r"is not the name of a template"),
+    (r"server isn't listening on network", r"a token needs a server that listens on the network"),
     (r"Project not found", r"project \S+ not found"),
     (r"VGA console is only supported by virtual machines", r"only virtual machines have a screen"),
 ]

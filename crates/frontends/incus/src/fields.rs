@@ -152,7 +152,7 @@ impl Fields {
         self.take(name).map(|v| config_of(v, &path)).transpose()
     }
 
-    /// Devices: configurations by name.
+    /// Devices: configurations by name, without keys that say nothing.
     ///
     /// # Errors
     /// Invalid, when it is something else.
@@ -163,7 +163,9 @@ impl Fields {
             Some(Value::Object(map)) => map
                 .into_iter()
                 .map(|(device, keys)| {
-                    let keys = config_of(keys, &format!("{path}.{device}"))?;
+                    let mut keys = config_of(keys, &format!("{path}.{device}"))?;
+                    // How Incus' clients take a key away.
+                    keys.retain(|_, value| !value.is_empty());
                     Ok((device, keys))
                 })
                 .collect::<Result<_>>()

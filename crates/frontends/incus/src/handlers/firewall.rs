@@ -81,6 +81,7 @@ fn acl_of(f: &mut Fields, mut acl: UpdateAcl) -> Result<UpdateAcl> {
         acl.description = text;
     }
     acl.config.extend(f.config("config")?.unwrap_or_default());
+    acl.config.retain(|_, value| !value.is_empty());
     if let Some(rules) = objects(f, "ingress", rule)? {
         acl.ingress = rules;
     }
@@ -201,6 +202,7 @@ fn set_of(f: &mut Fields, mut set: UpdateAddressSet) -> Result<UpdateAddressSet>
         set.description = text;
     }
     set.config.extend(f.config("config")?.unwrap_or_default());
+    set.config.retain(|_, value| !value.is_empty());
     if let Some(addresses) = f.texts("addresses")? {
         set.addresses = addresses;
     }
@@ -302,6 +304,7 @@ fn forward_of(f: &mut Fields, mut forward: UpdateForward) -> Result<UpdateForwar
         forward.description = text;
     }
     forward.config.extend(f.config("config")?.unwrap_or_default());
+    forward.config.retain(|_, value| !value.is_empty());
     forward.config.retain(|_, v| !v.is_empty());
     if let Some(ports) = objects(f, "ports", port)? {
         forward.ports = ports;
