@@ -1,6 +1,7 @@
 //! What all handlers share, and a request on its way to one.
 
 use crate::{
+    observe::{self, Read, Recorder},
     places::Bounds,
     remote::Remote,
     request::{self, Query, RequestBody},
@@ -17,7 +18,7 @@ use karst_engine::{Context, Engine, InstanceView, LiveOperation};
 use karst_model::{Error, InstanceId, OperationId, Result};
 use std::{
     collections::HashMap,
-    sync::{Arc, Mutex},
+    sync::{Arc, Mutex, OnceLock},
 };
 
 /// What the server says of itself.
@@ -47,6 +48,8 @@ pub struct App {
     pub remote: Remote,
     /// What was answered.
     pub served: crate::routes::Served,
+    /// Who wants to know what handlers read.
+    pub(crate) recorder: OnceLock<Recorder>,
     /// JSON of instances, valid as long as the engine's view is the same object.
     rendered: Mutex<HashMap<InstanceId, (Arc<InstanceView>, Bytes)>>,
 }
@@ -65,8 +68,14 @@ impl App {
             sessions: Sessions::default(),
             remote: Remote::new(bounds),
             served: Default::default(),
+            recorder: OnceLock::new(),
             rendered: Mutex::default(),
         })
+    }
+
+    /// From now on `recorder` is told what handlers read of each request. The first one stays.
+    pub fn record(&self, recorder: Recorder) {
+        self.recorder.get_or_init(|| recorder);
     }
 
     /// JSON of instances, in order, of so many that there are in `total`. Serialized when a view changed only.
@@ -139,6 +148,7 @@ impl Call {
 
     /// A header as text.
     pub fn header(&self, name: &str) -> Option<&str> {
+        observe::note(|| Read::Header(name.to_ascii_lowercase()));
         self.request.headers().get(name).and_then(|v| v.to_str().ok())
     }
 

@@ -1,6 +1,7 @@
 //! Reading of JSON bodies field by field, so that what is wrong is named by its path, null means absent (Go's clients
 //! send it for empty maps and lists), and an unknown field is refused with the nearest known one.
 
+use crate::observe::{self, FieldKind, Read};
 use karst_model::{Config, Error, Result, device::Devices, error::nearest};
 use serde_json::{Map, Value};
 use std::cell::RefCell;
@@ -44,6 +45,11 @@ impl Fields {
 
     /// The value of `name`, unless absent or null.
     pub fn take(&mut self, name: &'static str) -> Option<Value> {
+        self.taken(name, FieldKind::Any)
+    }
+
+    fn taken(&mut self, name: &'static str, kind: FieldKind) -> Option<Value> {
+        observe::note(|| Read::Field(self.at(name), kind));
         self.known.borrow_mut().push(name);
         self.map.remove(name).filter(|v| !v.is_null())
     }
@@ -58,7 +64,7 @@ impl Fields {
     /// # Errors
     /// Invalid, when it is something else.
     pub fn text(&mut self, name: &'static str) -> Result<Option<String>> {
-        match self.take(name) {
+        match self.taken(name, FieldKind::Text) {
             None => Ok(None),
             Some(Value::String(s)) => Ok(Some(s)),
             Some(other) => Err(wrong(&self.at(name), "a text", &other)),
@@ -81,7 +87,7 @@ impl Fields {
     /// # Errors
     /// Invalid, when it is something else.
     pub fn flag(&mut self, name: &'static str) -> Result<bool> {
-        match self.take(name) {
+        match self.taken(name, FieldKind::Flag) {
             None => Ok(false),
             Some(Value::Bool(b)) => Ok(b),
             Some(other) => Err(wrong(&self.at(name), "true or false", &other)),
@@ -93,7 +99,7 @@ impl Fields {
     /// # Errors
     /// Invalid, when it is something else.
     pub fn integer(&mut self, name: &'static str) -> Result<Option<i64>> {
-        match self.take(name) {
+        match self.taken(name, FieldKind::Integer) {
             None => Ok(None),
             Some(v) => match v.as_i64() {
                 Some(n) => Ok(Some(n)),
@@ -108,7 +114,7 @@ impl Fields {
     /// Invalid, when it is something else.
     pub fn texts(&mut self, name: &'static str) -> Result<Option<Vec<String>>> {
         let path = self.at(name);
-        match self.take(name) {
+        match self.taken(name, FieldKind::Texts) {
             None => Ok(None),
             Some(Value::Array(list)) => list
                 .into_iter()
@@ -139,7 +145,7 @@ impl Fields {
     /// Invalid, when it is something else.
     pub fn object(&mut self, name: &'static str) -> Result<Fields> {
         let path = self.at(name);
-        Self::of(self.take(name).unwrap_or(Value::Null), &path)
+        Self::of(self.taken(name, FieldKind::Object).unwrap_or(Value::Null), &path)
     }
 
     /// A configuration: texts by key. Numbers and booleans become texts, as Incus does; null removes nothing here and is
@@ -149,7 +155,7 @@ impl Fields {
     /// Invalid, when it is something else.
     pub fn config(&mut self, name: &'static str) -> Result<Option<Config>> {
         let path = self.at(name);
-        self.take(name).map(|v| config_of(v, &path)).transpose()
+        self.taken(name, FieldKind::Config).map(|v| config_of(v, &path)).transpose()
     }
 
     /// Devices: configurations by name, without keys that say nothing.
@@ -158,7 +164,7 @@ impl Fields {
     /// Invalid, when it is something else.
     pub fn devices(&mut self, name: &'static str) -> Result<Option<Devices>> {
         let path = self.at(name);
-        match self.take(name) {
+        match self.taken(name, FieldKind::Devices) {
             None => Ok(None),
             Some(Value::Object(map)) => map
                 .into_iter()
@@ -180,6 +186,9 @@ impl Fields {
     /// # Errors
     /// Invalid, naming the field and the nearest known one.
     pub fn finish(self, ignored: &[&'static str]) -> Result<()> {
+        for name in ignored {
+            observe::note(|| Read::Carried(self.at(name)));
+        }
         let known = self.known.borrow();
         for name in self.map.keys() {
             if ignored.contains(&name.as_str()) {

@@ -10,12 +10,14 @@
 #![allow(clippy::disallowed_methods)]
 
 pub mod app;
+pub mod describe;
 pub mod extensions;
 pub mod fields;
 pub mod filter;
 pub mod handlers;
 mod image_files;
 pub mod multipart;
+pub mod observe;
 pub mod openapi;
 mod page;
 pub mod places;
@@ -96,6 +98,11 @@ fn shows_secret(request: &Request<RequestBody>, segments: &[String], query: &Que
         ["1.0", "operations", _, "wait"] if request.method() == Method::GET => query.get("secret").is_some(),
         _ => false,
     }
+}
+
+/// Is this one of them?
+fn answers_nobody(method: &Method, segments: &[String]) -> bool {
+    PUBLIC.iter().any(|(m, p)| m == method && *p == segments) || shows_image(method, segments)
 }
 
 /// Pause after a failure to accept (no descriptors left), so that it does not spin.
@@ -325,8 +332,7 @@ async fn routed(
 ) -> Result<Reply> {
     let uri = request.uri();
     let (segments, query) = older_names(request::segments(uri.path())?, Query::parse(uri.query())?);
-    let public = PUBLIC.iter().any(|(m, p)| m == request.method() && *p == segments)
-        || shows_image(request.method(), &segments)
+    let public = answers_nobody(request.method(), &segments)
         || shows_secret(&request, &segments, &query)
         || (segments == ["1.0", "metrics"] && app.engine.server_settings().open_metrics);
     if !context.principal().is_known() && !public {
@@ -337,7 +343,15 @@ async fn routed(
             State::Done(handler, _) => {
                 let context = context.clone();
                 let call = Call { app: app.clone(), context, certificate, params, query, request };
-                let reply = handler(call).await?;
+                let reply = match app.recorder.get() {
+                    None => handler(call).await?,
+                    Some(recorder) => {
+                        let reads = observe::Reads::default();
+                        let answered = observe::during(&reads, handler(call)).await;
+                        recorder(place, reads.take());
+                        answered?
+                    }
+                };
                 if reply.status().as_u16() < 400 {
                     app.served.note(place);
                 }

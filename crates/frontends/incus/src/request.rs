@@ -1,6 +1,10 @@
 //! Requests: paths taken apart without tricks, queries, bodies of bounded size, and what is left of those that are refused.
 
-use crate::{fields::Fields, respond::Reply};
+use crate::{
+    fields::Fields,
+    observe::{self, Read},
+    respond::Reply,
+};
 use bytes::{Bytes, BytesMut};
 use http_body_util::BodyExt;
 use hyper::{
@@ -88,6 +92,7 @@ impl Query {
 
     /// First value of `name`, unless absent or empty.
     pub fn get(&self, name: &str) -> Option<&str> {
+        observe::note(|| Read::Query(name.to_owned()));
         self.0.iter().find(|(k, v)| k == name && !v.is_empty()).map(|(_, v)| v.as_str())
     }
 
