@@ -8,6 +8,7 @@ mod backups;
 mod bodies;
 mod clients;
 mod common;
+mod described;
 mod every_endpoint;
 mod history;
 mod images;

@@ -1,6 +1,7 @@
 //! A whole platform behind a unix socket: the front end over an engine on an in-memory store and a simulated host.
 #![allow(clippy::disallowed_methods)] // a test tool
 
+use crate::described::Watch;
 use futures::{SinkExt, StreamExt};
 use http_body_util::{BodyExt, Full};
 use hyper::{HeaderMap, Method, Request, body::Bytes};
@@ -48,6 +49,8 @@ pub struct Server {
     pub agent: Arc<SimulatedAgent>,
     pub socket: PathBuf,
     pub dir: tempfile::TempDir,
+    /// What it reads and answers, beside the description of the API.
+    pub watch: Arc<Watch>,
     /// The test that started it.
     test: String,
     task: tokio::task::JoinHandle<()>,
@@ -64,6 +67,8 @@ impl Drop for Server {
                 untouched.is_empty(),
                 "the table names {name}, which never had an answer of {untouched:#?}"
             );
+            let faults = self.watch.faults();
+            assert!(faults.is_empty(), "what happens and what `describe` says differ: {faults:#?}");
         }
     }
 }
@@ -180,13 +185,16 @@ impl Server {
             authority: Some(Arc::new(authority)),
         };
         let app = App::bounded(engine.clone(), info, bounds);
+        let watch = Arc::new(Watch::default());
+        let watching = watch.clone();
+        app.record(Box::new(move |place, reads| watching.read(place, reads)));
         let task = tokio::spawn(serve(app.clone(), listener));
-        Server { app, engine, shutdown, agent, socket, dir, test, task }
+        Server { app, engine, shutdown, agent, socket, dir, watch, test, task }
     }
 
     pub async fn raw(&self, request: Request<Full<Bytes>>) -> Answer {
         let stream = UnixStream::connect(&self.socket).await.unwrap();
-        Self::exchange(stream, request).await
+        self.watched(stream, request).await
     }
 
     /// A request of somebody else than who runs the test.
@@ -194,7 +202,15 @@ impl Server {
         let (near, far) = UnixStream::pair().unwrap();
         tokio::spawn(serve_connection(self.app.clone(), Context::new(principal), far));
         let request = Request::builder().method(method).uri(path).header("host", "unix.socket");
-        Self::exchange(near, request.body(Full::new(body.into())).unwrap()).await
+        self.watched(near, request.body(Full::new(body.into())).unwrap()).await
+    }
+
+    /// An exchange whose answer must be as the document says.
+    async fn watched(&self, stream: UnixStream, request: Request<Full<Bytes>>) -> Answer {
+        let (method, uri) = (request.method().clone(), request.uri().to_string());
+        let answer = Self::exchange(stream, request).await;
+        self.watch.answered(&method, &uri, &answer);
+        answer
     }
 
     pub async fn exchange<S>(stream: S, request: Request<Full<Bytes>>) -> Answer
