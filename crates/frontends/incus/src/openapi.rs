@@ -56,9 +56,10 @@ impl Schemas {
             Kind::Null => json!({"type": "null"}),
             Kind::Any => json!({}),
             Kind::Texts => json!({"type": "array", "items": text}),
-            Kind::Config => json!({"type": "object", "additionalProperties": text}),
+            Kind::Config => self.named("Config", "Texts by key", text),
             Kind::Devices => {
-                json!({"type": "object", "additionalProperties": {"type": "object", "additionalProperties": text}})
+                let keys = self.of(&Kind::Config, side);
+                self.named("Devices", "Devices by name, each with its keys", keys)
             }
             Kind::List(item) => json!({"type": "array", "items": self.of(item, side)}),
             Kind::Map(item) => json!({"type": "object", "additionalProperties": self.of(item, side)}),
@@ -70,6 +71,12 @@ impl Schemas {
             }
             Kind::Maybe(kind) | Kind::Must(kind) => self.of(kind, side),
         }
+    }
+
+    /// Values by key that stand in many places: under one name, so that a generated client has one type for them.
+    fn named(&mut self, name: &'static str, text: &str, values: Value) -> Value {
+        self.0.insert(name, json!({"type": "object", "description": text, "additionalProperties": values}));
+        json!({"$ref": format!("#/components/schemas/{name}")})
     }
 
     fn reference(&mut self, shape: &'static Shape, side: Side) -> Value {
@@ -175,8 +182,9 @@ fn responses(row: &Row, described: &Described, schemas: &mut Schemas) -> Map<Str
         match answer {
             Answer::Sync(kind) => metadata.push(schemas.of(kind, Side::Answer)),
             Answer::Listed(shape) => {
-                metadata.push(json!({"type": "array", "items": {"type": "string"}}));
+                // Generated clients try one after the other, and take a list of texts for what it is not.
                 metadata.push(json!({"type": "array", "items": schemas.reference(shape, Side::Answer)}));
+                metadata.push(json!({"type": "array", "items": {"type": "string"}}));
             }
             Answer::Done => metadata.push(schemas.reference(&NOTHING, Side::Answer)),
             Answer::Content(kind) => {
@@ -486,7 +494,7 @@ mod tests {
             let known = by_name.entry(shape.name).or_insert((std::ptr::from_ref(shape), request));
             assert_eq!(*known, (std::ptr::from_ref(shape), request), "{}", shape.name);
             assert!(request || shape.carried.is_empty(), "{} is no request", shape.name);
-            assert!(!["Async", "Error"].contains(&shape.name), "{}", shape.name);
+            assert!(!["Async", "Config", "Devices", "Error"].contains(&shape.name), "{}", shape.name);
         }
     }
 }

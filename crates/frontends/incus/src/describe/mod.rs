@@ -1,9 +1,10 @@
 //! The API described: for each row of the table that is served, which parameters it reads, which body it takes, what it
 //! answers. [`crate::openapi`] makes the document of it.
 //!
-//! It decides nothing: handlers read and write as they do. That both agree is what tests see to: of each request of every
-//! test what was read must stand here as what it was read ([`crate::observe`]), each answer must be what stands here, and
-//! what stands here must be read by its handler.
+//! It decides nothing: handlers read and write as they do. It is written by hand, and not derived from types, because there are
+//! no types to derive it from: bodies are read field by field, so that what is wrong is named, and views serialize in place. That
+//! both agree is what tests see to: of each request of every test what was read must stand here as what it was read
+//! ([`crate::observe`]), each answer must be what stands here, and what stands here must be read by its handler.
 
 pub mod answers;
 mod guests;

@@ -54,7 +54,7 @@ static SERVER_ROWS: &[Described] = described! {
     "GET" "/1.0/metrics" "Figures of instances and the server" [OF_PROJECT] Nothing =>
         Content("text/plain"), Content("application/openmetrics-text");
     "GET" "/1.0/operations" "Operations by status" [RECURSION, ALL_PROJECTS, PROJECT] Nothing =>
-        Sync(Map(&Either(&[Texts, List(&Object(&OPERATION))])));
+        Sync(Map(&Either(&[List(&Object(&OPERATION)), Texts])));
     "GET" "/1.0/operations/{id}" "An operation" [] Nothing => Sync(Object(&OPERATION));
     "DELETE" "/1.0/operations/{id}" "Cancels it" [] Nothing => Done;
     "GET" "/1.0/operations/{id}/wait" "Waits for its end" [TIMEOUT] Nothing => Sync(Object(&OPERATION));
