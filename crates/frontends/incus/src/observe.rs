@@ -49,7 +49,7 @@ pub(crate) struct Reads(Arc<Mutex<BTreeSet<Read>>>);
 impl Reads {
     /// All so far.
     pub(crate) fn take(&self) -> BTreeSet<Read> {
-        std::mem::take(&mut self.0.lock().unwrap_or_else(|e| e.into_inner()))
+        std::mem::take(&mut *self.0.lock().unwrap_or_else(|e| e.into_inner()))
     }
 }
 
