@@ -286,7 +286,11 @@ fn operation(row: &Row, test: &str, described: &Described, schemas: &mut Schemas
     }
     operation.insert("responses".into(), responses(row, described, schemas).into());
     let segments: Vec<String> = row.path.split('/').filter(|s| !s.is_empty()).map(str::to_owned).collect();
-    if crate::answers_nobody(&row.method, &segments) {
+    // Where a secret need not be shown it stands for somebody; where it must be, the caller is known besides.
+    let secret = |p: &describe::Parameter| {
+        ["secret", "X-Incus-secret"].contains(&p.name) && !matches!(p.kind, Kind::Must(_))
+    };
+    if crate::answers_nobody(&row.method, &segments) || described.parameters.iter().any(secret) {
         operation.insert("security".into(), json!([{}, {"certificate": []}, {"token": []}]));
     }
     operation.insert("x-karst-test".into(), test.into());

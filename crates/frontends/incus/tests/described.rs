@@ -242,7 +242,12 @@ fn variants(method: &str, path: &str) -> Vec<Value> {
         ("POST", "/1.0/images") => vec![
             json!({"source": {"type": "instance", "name": "c1"}, "aliases": [{"name": "a", "description": ""}]}),
             json!({"source": far}),
+            json!({"source": {"type": "", "mode": "push", "fingerprint": "0".repeat(64)}}),
         ],
+        ("POST", "/1.0/images/{fingerprint}/export") => {
+            let aliases = json!([{"name": "a", "description": ""}]);
+            vec![json!({"target": "https://other.example", "secret": "s3cret", "aliases": aliases})]
+        }
         ("PUT" | "PATCH", "/1.0/instances/{name}/metadata") => {
             vec![json!({"templates": {"/etc/x.conf": {"template": "x.tpl"}}})]
         }

@@ -102,11 +102,12 @@ shapes! {
         "snapshots": Maybe(&Nullable(&List(&Object(&INSTANCE_SNAPSHOT)))),
     }
 
-    /// State of an instance.
+    /// State of an instance; `karst_reason` says why it is halted, or how it ended by itself.
     INSTANCE_STATE "InstanceState" {
         "status": STATUS, "status_code": Integer, "disk": Map(&Integer), "memory": Object(&MEMORY),
         "network": Nullable(&Map(&Object(&INTERFACE))), "pid": Integer, "processes": Integer,
         "cpu": Object(&CPU), "started_at": Time, "os_info": Nullable(&Object(&OS_INFO)),
+        "karst_reason": Maybe(&Text),
     }
 
     /// Memory, in bytes.

@@ -13,7 +13,8 @@ use super::{
 
 /// Content of any kind.
 pub(super) const BYTES: &str = "application/octet-stream";
-const FILE: Body = Body::Content(&[BYTES]);
+/// A file.
+pub(super) const FILE: Body = Body::Content(&[BYTES]);
 
 pub(super) static INSTANCE_ROWS: &[Described] = described! {
     "GET" "/1.0/instances" "Instances"
@@ -39,9 +40,11 @@ pub(super) static INSTANCE_ROWS: &[Described] = described! {
     "GET" "/1.0/instances/{name}/backups/{backup}/export" "Its file" [PROJECT] Nothing => Content(BYTES);
     "GET" "/1.0/instances/{name}/console" "What its console said, or what its screen shows" [CONSOLE_TYPE, PROJECT]
         Nothing => Content(BYTES), Content("image/png");
-    "POST" "/1.0/instances/{name}/console" "Opens its console or screen on websockets" [PROJECT]
+    "POST" "/1.0/instances/{name}/console" "Opens its console, its screen or one of its ports on websockets" [PROJECT]
         Json(&CONSOLE_POST) => Operation;
     "DELETE" "/1.0/instances/{name}/console" "Empties the console's log" [PROJECT] Nothing => Done;
+    "GET" "/1.0/instances/{name}/debug/memory" "What is in its memory" [DUMP_FORMAT, PROJECT] Nothing =>
+        Content(BYTES);
     "POST" "/1.0/instances/{name}/exec" "Runs a program in it" [PROJECT] Json(&EXEC_POST) => Operation;
     "GET" "/1.0/instances/{name}/files" "A file, or the names in a directory" [PATH, PROJECT] Nothing =>
         Content(BYTES), Sync(Texts);
@@ -85,9 +88,10 @@ pub(super) static INSTANCE_ROWS: &[Described] = described! {
 
 pub(super) static IMAGE_ROWS: &[Described] = described! {
     "GET" "/1.0/images" "Images" [RECURSION, FILTER, ALL_PROJECTS, PROJECT] Nothing => Listed(&IMAGE);
-    "POST" "/1.0/images" "Makes an image of an instance, fetches one from a server, or takes an upload"
+    "POST" "/1.0/images"
+        "Makes an image of an instance, fetches one from a server, awaits one that is pushed, or takes an upload"
         [PROJECT, IMAGE_FINGERPRINT, IMAGE_FILENAME, IMAGE_PUBLIC, IMAGE_PROPERTIES, IMAGE_ALIASES, IMAGE_PROFILES,
-        DISK_FORMAT]
+        IMAGE_SECRET, DISK_FORMAT]
         Both(&[&IMAGES_POST], &[BYTES, "multipart/form-data"]) => Operation;
     "GET" "/1.0/images/aliases" "Aliases" [RECURSION, FILTER, PROJECT] Nothing => Listed(&IMAGE_ALIAS);
     "POST" "/1.0/images/aliases" "Makes an alias" [PROJECT] Json(&IMAGE_ALIASES_POST) => Created;
@@ -105,6 +109,8 @@ pub(super) static IMAGE_ROWS: &[Described] = described! {
     "DELETE" "/1.0/images/{fingerprint}" "Deletes it" [PROJECT] Nothing => Operation;
     "GET" "/1.0/images/{fingerprint}/export" "Its files" [SECRET, PROJECT] Nothing =>
         Content(BYTES), Content("multipart/form-data");
+    "POST" "/1.0/images/{fingerprint}/export" "Pushes it to another server, which awaits it" [PROJECT]
+        Json(&IMAGE_EXPORT_POST) => Operation;
     "POST" "/1.0/images/{fingerprint}/refresh" "Fetches it again where there is a newer one" [PROJECT] Blank =>
         Operation;
     "POST" "/1.0/images/{fingerprint}/secret" "Makes a secret that shows it once" [PROJECT] Blank => Operation;

@@ -72,8 +72,14 @@ shapes! {
     FACTS "HostFacts" {
         "hostname": Text, "boot_id": Text, "architecture": Text, "kernel": Text, "os_name": Text,
         "os_version": Text, "accelerator": Object(&ACCELERATOR), "qemu": Nullable(&Text),
-        "lxc": Nullable(&Text), "default_machine": Nullable(&Text), "spice": Flag, "cgroup_layout": Text,
-        "cpus": Integer, "memory": Integer, "storage": List(&Object(&POOL_KIND)), "warnings": Texts,
+        "lxc": Nullable(&Text), "default_machine": Nullable(&Text), "spice": Flag,
+        "screens": Maybe(&Object(&SCREEN_GRANTS)), "cgroup_layout": Text, "cpus": Integer,
+        "memory": Integer, "storage": List(&Object(&POOL_KIND)), "warnings": Texts,
+    }
+
+    /// Addresses at which screens may listen (`*`: all), and those of them where they may without a password.
+    SCREEN_GRANTS "HostScreens" {
+        "listen": Texts, "open": Texts,
     }
 
     /// How virtual machines are executed, and why.
@@ -97,9 +103,10 @@ shapes! {
         "error": Text,
     }
 
-    /// What an instance is known by besides its name.
+    /// What an instance is known by besides its name, how it ended last, and why it is halted or ended by itself.
     IDENTITY "InstanceIdentity" {
         "name": Text, "project": Text, "id": Text, "vmid": Integer, "vmid_chosen": Flag,
+        "last_end": Nullable(&Word(&["shutdown", "forced", "crashed"])), "reason": Nullable(&Text),
     }
 
     /// A change that waits for the next start; null is a value that is not there.
@@ -145,6 +152,24 @@ shapes! {
     /// Is there a display, are viewers asked for a password, and until when that lets them in.
     DISPLAY "Display" {
         "display": Flag, "password": Flag, "valid_to": Nullable(&Time),
+        "listeners": List(&Object(&SCREEN_LISTENER)),
+    }
+
+    /// Where a screen of a running machine listens for viewers, or why it does not.
+    SCREEN_LISTENER "DisplayListener" {
+        "kind": Word(&["vnc", "websocket", "spice"]), "address": Nullable(&Text), "port": Nullable(&Integer),
+        "why": Nullable(&Text),
+    }
+
+    /// What Incus does not tell of a storage pool; `file_system` is null of those that are in no directory.
+    POOL_ABILITIES "StoragePoolAbilities" {
+        "file_system": Nullable(&Object(&ABILITIES)),
+    }
+
+    /// What the file system of a pool can, as its host has tried.
+    ABILITIES "FileSystemAbilities" {
+        "owners": Flag, "mapped": Flag, "layers": Flag, "limits": Flag, "clones": Flag, "links": Flag,
+        "holes": Flag, "direct": Flag, "attributes": Flag,
     }
 
     /// Who a project is at a registry.

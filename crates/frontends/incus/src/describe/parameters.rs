@@ -48,10 +48,21 @@ pub const ALIAS_TYPE: Parameter = query("type", KINDS, "The alias of an image of
 pub const SECRET: Parameter = query("secret", Text, "Secret that shows a hidden image (`POST …/secret`)");
 pub const SOCKET_SECRET: Parameter =
     query("secret", Must(&Text), "Secret of the websocket, from `fds` of the operation's metadata");
+pub const WAIT_SECRET: Parameter = query(
+    "secret",
+    Text,
+    "Secret of the operation of an image that was brought here, by which who is not known may wait for it",
+);
 pub const PATH: Parameter = query("path", Must(&Text), "Path in the instance");
+pub const VOLUME_PATH: Parameter = query("path", Must(&Text), "Path in the volume");
 pub const TEMPLATE: Parameter = query("path", Must(&Text), "Name of the template");
 pub const TEMPLATE_TOO: Parameter =
     query("path", Text, "Name of the template to be shown; a list when absent");
+pub const DUMP_FORMAT: Parameter = query(
+    "format",
+    Word(&["elf", "kdump-zlib", "kdump-lzo", "kdump-snappy", "win-dmp"]),
+    "Form of the dump; `elf` when absent",
+);
 pub const TIMEOUT: Parameter = query("timeout", Integer, "Seconds to wait; -1: as long as it takes");
 pub const EVENTS: Parameter = query(
     "type",
@@ -101,8 +112,16 @@ pub const IMAGE_PROPERTIES: Parameter =
     header("X-Incus-properties", Text, "Of a file: properties, written as a query");
 pub const IMAGE_ALIASES: Parameter =
     header("X-Incus-aliases", Text, "Of a file: `alias=NAME`, written as a query");
-pub const IMAGE_PROFILES: Parameter =
-    header("X-Incus-profiles", Text, "Not taken: refused where it says something");
+pub const IMAGE_PROFILES: Parameter = header(
+    "X-Incus-profiles",
+    Text,
+    "Of a file that is brought by a secret: `profile=NAME`, written as a query; refused without one",
+);
+pub const IMAGE_SECRET: Parameter = header(
+    "X-Incus-secret",
+    Text,
+    "Of a file that is awaited here (`source.mode` is `push`): the secret by which who is not known may bring it",
+);
 pub const DISK_FORMAT: Parameter = header(
     "X-Karst-disk-format",
     Word(&["qcow2", "raw", "vmdk", "ova"]),

@@ -46,20 +46,25 @@ shapes! {
         "type",
     ]
 
-    /// What an image is made of, or where it comes from.
+    /// What an image is made of, or where it comes from: `type` says which, unless it is awaited (`mode` is `push`).
     IMAGES_POST_SOURCE "ImagesPostSource" {
-        "type": Must(&Word(&["image", "instance", "container", "virtual-machine", "snapshot"])),
-        "name": Text, "project": Text, "mode": Word(&["pull"]), "server": Text, "protocol": PROTOCOL,
+        "type": Word(&["", "image", "instance", "container", "virtual-machine", "snapshot"]), "name": Text,
+        "project": Text, "mode": Word(&["", "pull", "push"]), "server": Text, "protocol": PROTOCOL,
         "certificate": Text, "fingerprint": Text, "alias": Text, "image_type": KINDS, "secret": Text,
-    } carries [
-        "url",
-    ]
+        "url": Text,
+    }
 
-    /// An image that is made of an instance, or fetched from a server.
+    /// An image that is made of an instance, fetched from a server, or awaited from one that brings it.
     IMAGES_POST "ImagesPost" {
         "source": Must(&Object(&IMAGES_POST_SOURCE)), "aliases": List(&Object(&IMAGE_ALIAS_INPUT)),
         "properties": Config, "public": Flag, "auto_update": Flag, "expires_at": Time, "profiles": Texts,
         "filename": Text, "compression_algorithm": Text, "format": Text,
+    }
+
+    /// The server that an image is pushed to, and the secret that was made for it there.
+    IMAGE_EXPORT_POST "ImageExportPost" {
+        "target": Must(&Text), "certificate": Text, "secret": Must(&Text), "project": Text,
+        "profiles": Texts, "aliases": List(&Object(&IMAGE_ALIAS_INPUT)),
     }
 
     /// What may be changed of an image.
@@ -193,9 +198,10 @@ shapes! {
         "restore",
     ]
 
-    /// A console to be shown on websockets.
+    /// A console to be shown on websockets; `port` is a device of the type port, which is shown instead.
     CONSOLE_POST "ConsolePost" {
         "type": Word(&["console", "vga"]), "width": Integer, "height": Integer, "force": Flag,
+        "port": Text,
     }
 
     /// A program to be run.

@@ -2,12 +2,12 @@
 //! [`super::guests`].
 
 use super::{
-    Answer::{Content, Created, Done, Listed, Operation, Sync, Upgrade},
+    Answer::{Content, Created, Done, Head, Listed, Operation, Sync, Upgrade},
     Body::{Blank, Both, Json, Nothing},
     Described,
     Kind::{Any, Either, List, Map, Object, Texts},
     answers::*,
-    guests::{self, BYTES},
+    guests::{self, BYTES, FILE},
     hosts::*,
     parameters::*,
     requests::*,
@@ -57,7 +57,8 @@ static SERVER_ROWS: &[Described] = described! {
         Sync(Map(&Either(&[List(&Object(&OPERATION)), Texts])));
     "GET" "/1.0/operations/{id}" "An operation" [] Nothing => Sync(Object(&OPERATION));
     "DELETE" "/1.0/operations/{id}" "Cancels it" [] Nothing => Done;
-    "GET" "/1.0/operations/{id}/wait" "Waits for its end" [TIMEOUT] Nothing => Sync(Object(&OPERATION));
+    "GET" "/1.0/operations/{id}/wait" "Waits for its end" [TIMEOUT, WAIT_SECRET] Nothing =>
+        Sync(Object(&OPERATION));
     "GET" "/1.0/operations/{id}/websocket" "One of its websockets" [SOCKET_SECRET] Nothing => Upgrade("websocket");
     "GET" "/1.0/profiles" "Profiles" [RECURSION, FILTER, ALL_PROJECTS, PROJECT] Nothing => Listed(&PROFILE);
     "POST" "/1.0/profiles" "Makes a profile" [PROJECT] Json(&PROFILES_POST) => Created;
@@ -95,6 +96,8 @@ static NETWORK_ROWS: &[Described] = described! {
         Json(&NETWORK_ACL_PUT) => Done;
     "PATCH" "/1.0/network-acls/{name}" "Changes it" [PROJECT, IF_MATCH] Json(&NETWORK_ACL_PUT) => Done;
     "DELETE" "/1.0/network-acls/{name}" "Deletes it" [PROJECT] Nothing => Done;
+    "GET" "/1.0/network-acls/{name}/log" "What its rules logged, an entry of JSON a line" [PROJECT] Nothing =>
+        Content(BYTES);
     "GET" "/1.0/network-address-sets" "Address sets" [RECURSION, FILTER, PROJECT] Nothing => Listed(&ADDRESS_SET);
     "POST" "/1.0/network-address-sets" "Makes an address set" [PROJECT] Json(&NETWORK_ADDRESS_SETS_POST) => Created;
     "GET" "/1.0/network-address-sets/{name}" "An address set" [PROJECT] Nothing => Sync(Object(&ADDRESS_SET));
@@ -163,6 +166,19 @@ static STORAGE_ROWS: &[Described] = described! {
         Nothing => Operation;
     "GET" "/1.0/storage-pools/{name}/volumes/{type}/{volumeName}/backups/{backupName}/export" "Its file" [PROJECT]
         Nothing => Content(BYTES);
+    "GET" "/1.0/storage-pools/{name}/volumes/{type}/{volumeName}/files" "A file, or the names in a directory"
+        [VOLUME_PATH, PROJECT] Nothing => Content(BYTES), Sync(Texts);
+    "HEAD" "/1.0/storage-pools/{name}/volumes/{type}/{volumeName}/files" "What is known of a file, in headers"
+        [VOLUME_PATH, PROJECT] Nothing => Head;
+    "POST" "/1.0/storage-pools/{name}/volumes/{type}/{volumeName}/files"
+        "Writes a file, or makes a directory or a link" [VOLUME_PATH, PROJECT, UID, GID, MODE, FILE_TYPE, WRITE]
+        FILE => Done;
+    "DELETE" "/1.0/storage-pools/{name}/volumes/{type}/{volumeName}/files" "Deletes a file" [VOLUME_PATH, PROJECT]
+        Nothing => Done;
+    "POST" "/1.0/storage-pools/{name}/volumes/{type}/{volumeName}/rebuild" "It is empty then" [PROJECT]
+        Json(&BLANK) => Operation;
+    "GET" "/1.0/storage-pools/{name}/volumes/{type}/{volumeName}/sftp" "Its files by SFTP" [PROJECT] Nothing =>
+        Upgrade("sftp");
     "GET" "/1.0/storage-pools/{name}/volumes/{type}/{volumeName}/snapshots" "Its snapshots"
         [RECURSION, FILTER, PROJECT] Nothing => Listed(&VOLUME_SNAPSHOT);
     "POST" "/1.0/storage-pools/{name}/volumes/{type}/{volumeName}/snapshots" "Takes a snapshot" [PROJECT]
@@ -211,6 +227,8 @@ static KARST_ROWS: &[Described] = described! {
         Json(&LIBVIRT_CLIENTS_POST) => Sync(Object(&LIBVIRT_CLIENT));
     "GET" "/1.0/karst/openapi" "This document" [] Nothing => Sync(Map(&Any));
     "GET" "/1.0/karst/status" "This daemon, and whether its host answers now" [] Nothing => Sync(Object(&DAEMON));
+    "GET" "/1.0/karst/storage-pools/{name}" "What Incus does not tell of a storage pool" [] Nothing =>
+        Sync(Object(&POOL_ABILITIES));
     "GET" "/1.0/karst/top" "What running instances have used so far" [ALL_PROJECTS, INSTANCE_TYPE, PROJECT] Nothing =>
         Sync(List(&Object(&USED)));
     "GET" "/1.0/karst/registries" "Who a project is at registries" [PROJECT] Nothing =>
