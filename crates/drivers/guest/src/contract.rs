@@ -209,7 +209,13 @@ pub async fn run(subject: Subject) {
     assert!(second.adopt().await.unwrap().iter().all(|o| o.instance != id));
 
     // A stop that nobody waits for any more.
-    let started = second.start(&newer).await.unwrap();
+    let started = match second.start(&newer).await {
+        // The first driver removes the control group of the keeper that ended just now, which a host with one driver does under
+        // the guest's lock.
+        Err(e) if e.context.as_ref().is_some_and(|c| c.contains("entering")) => second.start(&newer).await,
+        other => other,
+    };
+    let started = started.unwrap();
     assert_eq!((started.state, started.generation), (RuntimeState::Running, newer.generation));
     left_alone(second.as_ref(), guest, started.pid.unwrap()).await;
 

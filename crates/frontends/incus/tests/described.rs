@@ -152,7 +152,7 @@ fn check(schema: &Value, value: &Value, at: &str, faults: &mut Vec<String>) {
         Value::Array(_) => "array",
         Value::Object(_) => "object",
     };
-    if !kinds.contains(&kind) && !(kind == "integer" && kinds.contains(&"number")) {
+    if !(kinds.contains(&kind) || kind == "integer" && kinds.contains(&"number")) {
         faults.push(format!("{at} is of type {kind}, where {kinds:?} is described"));
         return;
     }
