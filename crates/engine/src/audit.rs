@@ -389,7 +389,8 @@ fn left(inner: &EngineInner, tail: &[AuditRecord], killed: bool, since: Timestam
     for o in records.operations.values() {
         let here = o.class == OperationClass::Task && o.state.is_final() && o.node == Some(inner.node);
         let object = object_of(&o.value);
-        let asked = here && o.updated_at < since && from.is_none_or(|from| o.updated_at >= from);
+        // One that ends just now is not written again when its event comes.
+        let asked = here && o.updated_at <= since && from.is_none_or(|from| o.updated_at >= from);
         if asked && !written.contains(object.as_str()) {
             let mut entry = of_operation(&o.value);
             entry.project = o

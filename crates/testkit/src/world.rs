@@ -210,9 +210,14 @@ pub async fn faults(engine: &Engine, store: &dyn Store, agents: &[&SimulatedAgen
     for (key, id) in keys.iter().filter(|(k, _)| k.starts_with("/karst/v1/index/")) {
         let table = key.split('/').nth(4).unwrap_or_default();
         let table = if table == "vmids" { "instances" } else { table };
-        // Names of ACLs, address sets and forwards are below words of the API, their records below words of the store.
-        let places = [table.to_owned(), table.replace('-', "_")].map(|t| format!("/karst/v1/{t}/{id}"));
-        if !keys.iter().any(|(k, _)| places.contains(k)) {
+        // Names of these are below words of the API.
+        let table = match table {
+            "network-acls" => "network_acls",
+            "network-address-sets" => "address_sets",
+            "network-forwards" => "network_forwards",
+            other => other,
+        };
+        if !keys.iter().any(|(k, _)| *k == format!("/karst/v1/{table}/{id}")) {
             faults.push(format!("the name {key} leads nowhere"));
         }
     }

