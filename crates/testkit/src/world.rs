@@ -214,7 +214,8 @@ pub async fn faults(engine: &Engine, store: &dyn Store, agents: &[&SimulatedAgen
         let table = match table {
             "network-acls" => "network_acls",
             "network-address-sets" => "address_sets",
-            "network-forwards" => "network_forwards",
+            // An address is taken by the network that listens at it.
+            "network-forwards" => "networks",
             other => other,
         };
         if !keys.iter().any(|(k, _)| *k == format!("/karst/v1/{table}/{id}")) {
