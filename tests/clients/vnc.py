@@ -128,7 +128,9 @@ def main():
     assert exactly(screen.stream, 1) == b"\0"
     if password is not None:
         for wrong in (password[::-1] + "x", "", password[:-1]):
-            assert not enter(Screen(path, name).stream, wrong), f"{wrong!r} is taken"
+            # Held: a screen ends with its control socket.
+            other = Screen(path, name)
+            assert not enter(other.stream, wrong), f"{wrong!r} is taken"
         # Who is in stays in.
         screen.stream.sendall(struct.pack(">BBHI", 4, 0, 0, 0xFFE1))
     assert screen.end() == "Success"
