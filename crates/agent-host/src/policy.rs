@@ -48,7 +48,8 @@ pub struct HostPolicy {
     /// Directories and block devices that storage pools may be made of: each as it stands there, and directories below. Also
     /// data sets of ZFS (`zfs:tank/guests`, and those below) and volume groups of LVM (`lvm:vg0`).
     pub pool_sources: Vec<PathBuf>,
-    /// Kinds of pools that may be made here although guests on them are still on trial: `zfs`, `lvm`. What was made stays.
+    /// Kinds of pools that may be made here although guests on them are still on trial: `zfs`, `lvm`; `dir`: containers and file systems
+    /// on directories whose file system cannot mount them with other owners (NFS, FUSE). What was made stays.
     pub trial_pools: Vec<PoolKind>,
     /// Commands of QEMU's monitor that administrators may run in virtual machines (`query-status`; `query-*`: all that begin
     /// so; `*`: all). Text for its human monitor is `human-monitor-command`. They can do what QEMU's own user can.

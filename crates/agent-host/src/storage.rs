@@ -142,6 +142,9 @@ impl RealAgent {
         let _locks = self.lock_both(spec.id, other).await;
         let pool = self.pool(spec.pool)?;
         self.reach_to_make(spec.pool, spec.id).await?;
+        if spec.content == VolumeContent::Filesystem {
+            self.demand_trees(spec.pool)?;
+        }
         // What is there already was made of a source that may be gone by now.
         if let Ok(there) = pool.inspect(spec.id).await {
             if there.content != spec.content {

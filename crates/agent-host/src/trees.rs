@@ -11,7 +11,7 @@ use karst_model::{
     Error, PoolId, Result, VolumeId,
     device::{DiskCache, DiskIo},
     spec::PoolSource,
-    storage::{Abilities, Usage, VolumeContent},
+    storage::{Abilities, PoolKind, Usage, VolumeContent},
 };
 use karst_storage::OpenTree;
 use std::{
@@ -43,8 +43,13 @@ impl RealAgent {
     /// container's, whether it is privileged or not.
     pub(crate) async fn give_tree(&self, at: VolumeRef, ids: IdRange, privileged: bool) -> Result<()> {
         let pool = self.pool(at.pool)?;
-        if pool.abilities().is_none_or(|can| can.mapped) {
-            return Ok(());
+        let inside = ids.inside(privileged);
+        let mapped = Mapped { base: inside.base, count: inside.count };
+        match pool.abilities() {
+            None => return Ok(()),
+            // Its kernel may have learnt it since: then they are given back.
+            Some(can) if can.mapped => return pool.move_owners(at.volume, mapped).await,
+            Some(_) => self.demand_trees(at.pool)?,
         }
         let has = has_volume(at.volume);
         // The container itself may run, and gets something else.
@@ -54,8 +59,23 @@ impl RealAgent {
                  has it; stop that one first, or use a pool on another file system"
             )));
         }
-        let inside = ids.inside(privileged);
-        pool.move_owners(at.volume, Mapped { base: inside.base, count: inside.count }).await
+        pool.move_owners(at.volume, mapped).await
+    }
+
+    /// Refuses trees on a pool whose file system maps no owners, where the host's administrator has not asked for that.
+    ///
+    /// # Errors
+    /// Unsupported, naming what to write.
+    pub(crate) fn demand_trees(&self, pool: PoolId) -> Result<()> {
+        let moves = self.pool(pool)?.abilities().is_some_and(|can| can.owners && !can.mapped);
+        if !moves || self.options.policy.trial_pools.contains(&PoolKind::Dir) {
+            return Ok(());
+        }
+        Err(Error::unsupported(format!(
+            "containers and file systems on a pool whose file system cannot mount them with other owners (NFS, FUSE) are on trial; the \
+             administrator of this host who wants them adds \"dir\" to trial_pools in {}; disks of virtual machines are not concerned",
+            crate::policy::FILE
+        )))
     }
 
     /// The root of a container that is stopped, to work on its files; none when it runs by now.
@@ -64,8 +84,15 @@ impl RealAgent {
         // One that is just starting would find its files another's where they are given to it on disk.
         let moves = pool.abilities().is_some_and(|can| !can.mapped);
         let _lock = if moves { Some(self.lock(root.0).await) } else { None };
+        self.reach(file.root.pool).await?;
         if moves && self.runs(file.instance).await? {
             return Ok(None);
+        }
+        // A volume of others, which would find its files another's.
+        if moves && let Some(user) = self.user(has_volume(root)).await? {
+            return Err(Error::conflict(format!(
+                "instance {user} has the volume, on a file system that cannot show it to others meanwhile; stop it first"
+            )));
         }
         if pool.inspect(root).await?.content != VolumeContent::Filesystem {
             return Err(Error::invalid("root", "the volume is a disk, which has no files"));

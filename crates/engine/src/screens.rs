@@ -175,7 +175,8 @@ async fn follow(weak: Weak<EngineInner>) {
 fn wanted(records: &Records, node: NodeId) -> BTreeMap<At, Wanted> {
     let mut all = BTreeMap::new();
     for runtime in records.runtimes.values() {
-        if matches!(runtime.state, RuntimeState::Stopped | RuntimeState::Starting | RuntimeState::Error) {
+        // What an error has halted is looked at most of all.
+        if runtime.state.is_down() || runtime.state == RuntimeState::Starting {
             continue;
         }
         // Most say nothing of it, which is looked at first.

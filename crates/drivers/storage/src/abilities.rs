@@ -23,7 +23,7 @@ const SOMEBODY: u32 = 1_900_200_000;
 pub(crate) fn find(trial: &Path, layers: bool, limits: bool) -> Result<Abilities> {
     let owners = owned(trial)?;
     // Of no use where nobody else could own anything either.
-    let mapped = owners && maps(trial);
+    let mapped = owners && maps(trial)?;
     let known = Abilities { owners, mapped, layers, limits, ..Abilities::default() };
     Ok(files(trial, known).unwrap_or_else(|e| {
         tracing::warn!(error = %e, "not all could be tried that the file system of a pool may be able to do");
@@ -65,13 +65,16 @@ fn owned(place: &Path) -> Result<bool> {
     Ok(kept(SOMEBODY)? && kept(0)?)
 }
 
-fn maps(directory: &Path) -> bool {
-    let tried = user_namespace(SOMEBODY, 65_536)
-        .and_then(|ids| detached(open_path(directory)?.as_fd(), MountOptions::default(), Some(ids.as_fd())));
+/// What fails before the file system is asked says nothing of it: then the pool is not opened, rather than taken for one whose trees
+/// are to be moved on disk.
+fn maps(directory: &Path) -> Result<bool> {
+    let ids = user_namespace(SOMEBODY, 65_536)?;
+    let place = open_path(directory)?;
+    let tried = detached(place.as_fd(), MountOptions::default(), Some(ids.as_fd()));
     if let Err(e) = &tried {
         tracing::debug!(error = %e, context = e.context.as_deref(), "no mounts with other owners here");
     }
-    tried.is_ok()
+    Ok(tried.is_ok())
 }
 
 /// Why a pool takes no trees.

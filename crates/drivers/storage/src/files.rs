@@ -385,7 +385,8 @@ impl FilePool {
         let copied = !record.content.is_disk() && !self.states.instant() && self.states.limits();
         let Some(size) = record.size.filter(|_| copied) else { return Ok(()) };
         let (used, _) = self.used(work, record).await?;
-        if used <= size.0 {
+        // What stood beside the tree that was full may stand there again.
+        if used <= crate::projects::allowed(size) {
             return Ok(());
         }
         Err(Error::quota(format!(

@@ -79,13 +79,18 @@ impl FilePool {
     }
 
     async fn moved(&self, volume: VolumeId, wanted: Option<(u32, u32)>) -> Result<()> {
-        let _one = self.moving.lock().await;
+        // Held by the thread that moves: it goes on when nobody waits for it any more.
+        let one = self.moving.clone().lock_owned().await;
         let record = self.known(volume, None).await?;
         if record.content.is_disk() || record.moved.is_none() && wanted.is_none() {
             return Ok(());
         }
         let state = self.dir(volume);
-        blocking(move || change(&state, record, wanted)).await
+        blocking(move || {
+            let _one = one;
+            change(&state, record, wanted)
+        })
+        .await
     }
 }
 

@@ -24,7 +24,7 @@ fn ours(id: u32) -> bool {
 }
 
 /// What a state may have whose tree may have `size`.
-fn allowed(size: ByteSize) -> u64 {
+pub(crate) fn allowed(size: ByteSize) -> u64 {
     size.0.saturating_add(BESIDE)
 }
 

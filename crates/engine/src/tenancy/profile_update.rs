@@ -250,7 +250,11 @@ fn running_users(engine: &EngineInner, profile: &Profile, had: &[(InstanceId, Ha
     for instance in records.instances.values().filter(|i| i.profiles.contains(&profile.id)) {
         let runtime = records.runtimes.get(&instance.id);
         let status = instance.status(runtime.map(|r| &r.value));
+        // A guest of which its host can say nothing cannot be changed now; it takes the change with its next start.
         let Some(runtime) = runtime.filter(|_| status.is_up()) else { continue };
+        if matches!(runtime.halt, Some(karst_model::instance::HaltReason::Unknown { .. })) {
+            continue;
+        }
         let name = called(profile.project, instance);
         let named = |e: Error| Error { message: format!("{name}: {}", e.message), ..e };
         let (generation, domain) = (runtime.generation, runtime.domain_id.unwrap_or(0));
