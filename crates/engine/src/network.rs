@@ -323,7 +323,8 @@ impl Engine {
         request: CreateNetwork,
     ) -> Result<(String, LiveOperation)> {
         let project = self.network_project(context, project)?;
-        own::demand_reach(self.edits_the_hosts(context), request.kind, &request.config, None)?;
+        let whole = self.edits_the_hosts(context);
+        own::demand_reach(whole, request.kind, &request.config, None)?;
         let inner = self.inner();
         interface_name("name", &request.name)?;
         let mut name = Name::parse("name", &request.name)?;
@@ -355,8 +356,10 @@ impl Engine {
                 config.insert("ipv6.address".into(), chosen);
             }
             if own {
-                // Names are the project's, interfaces the host's: where that has one of this name, another is derived.
-                let free = choice.name == *name && inner.inventory.read().network_on(&name).is_none();
+                // Names are the project's, interfaces the host's: where that has one of this name, another is derived. So is
+                // it for who has no say over the host: what it is to be called there, other programs may go by.
+                let free =
+                    whole && choice.name == *name && inner.inventory.read().network_on(&name).is_none();
                 if !free {
                     let derived = format!("karst{}", &id.uuid().simple().to_string()[..8]);
                     let ask = NetworkChoose { name: derived, taken };

@@ -403,6 +403,10 @@ fn who_may_change_a_project_has_its_networks_but_not_the_host() {
         let tenant = somebody(&w, "acme");
         make(&w, &tenant, "acme", "lan", &[("dns.domain", "acme.example")]).await.unwrap();
         assert_eq!(names(&w, &tenant, "acme"), ["lan"]);
+        // What interfaces of the host are called is not his to say, though the name is free.
+        let interface = e.network(c, "acme", "lan").unwrap().interface().to_owned();
+        assert!(interface.starts_with("karst") && interface.len() > 5, "{interface}");
+        assert_eq!(w.agent.network_spec(id(&w, "acme", "lan")).unwrap().bridge, interface);
         for name in ["theirs", "karstbr0", "nowhere"] {
             let said = refused(e.network(&tenant, "acme", name), ErrorKind::NotFound, "not found");
             assert_eq!(said.message.replace(name, "X"), "network \"X\" not found");
@@ -455,7 +459,9 @@ fn who_may_change_a_project_has_its_networks_but_not_the_host() {
         refused(make(&w, &tenant, "acme", "third", &[]).await, ErrorKind::Quota, "limits.networks");
         e.acl_create(&tenant, "acme", "web", UpdateAcl::default()).await.unwrap();
         change(&w, &tenant, "acme", "lan", &[("security.acls", "web")]).await.unwrap();
-        done(&w, e.network_delete(&tenant, "acme", "second").await).await.unwrap();
+        done(&w, e.network_rename(&tenant, "acme", "second", "tailscale0").await).await.unwrap();
+        assert!(e.network(c, "acme", "tailscale0").unwrap().interface().starts_with("karst"));
+        done(&w, e.network_delete(&tenant, "acme", "tailscale0").await).await.unwrap();
         // Who only looks changes nothing.
         let project = e.project(c, "acme", Permission::ProjectView).unwrap().id;
         let grants = vec![Grant { role: Role::Viewer, project: Some(project) }];
