@@ -16,9 +16,14 @@ pub(crate) fn rules(daemon: &str, t: &mut Table, networks: &[NetworkSpec]) {
     if networks.iter().all(|network| network.owner.is_none()) {
         return;
     }
-    t.base("walls_host", INPUT).push("iifname vmap @walls_at".into());
     // What every interface of this daemon's guests is called; those of ports of bridges are not seen where packets are routed.
     let cables = format!("\"k{daemon}*\"");
+    // What the host itself began may have any of its addresses as source: answers come back to it.
+    t.chain("walls_cables_host").extend(
+        ["ct direction reply accept", "ip daddr @w4_own drop", "ip6 daddr @w6_own drop"].map(str::to_owned),
+    );
+    t.base("walls_host", INPUT)
+        .extend([format!("iifname {cables} jump walls_cables_host"), "iifname vmap @walls_at".to_owned()]);
     t.chain("walls_cables").extend([
         "ct status & dnat != 0 accept".to_owned(),
         format!("iifname {cables} oifname @wb_own drop"),
@@ -34,10 +39,11 @@ pub(crate) fn rules(daemon: &str, t: &mut Table, networks: &[NetworkSpec]) {
         for bridges in [format!("wb_{side}"), "wb_all".to_owned()] {
             t.set(&bridges, "type ifname;").insert(bridge.clone());
         }
-        for addresses in [format!("w4_{side}"), "w4_all".to_owned()] {
+        let own = |name: &str| network.owner.map(|_| name.to_owned());
+        for addresses in [format!("w4_{side}"), "w4_all".to_owned()].into_iter().chain(own("w4_own")) {
             t.set(&addresses, "type ipv4_addr;").extend(network.spec.ipv4.map(|net| net.addr().to_string()));
         }
-        for addresses in [format!("w6_{side}"), "w6_all".to_owned()] {
+        for addresses in [format!("w6_{side}"), "w6_all".to_owned()].into_iter().chain(own("w6_own")) {
             t.set(&addresses, "type ipv6_addr;").extend(network.spec.ipv6.map(|net| net.addr().to_string()));
         }
         t.map("walls_from", "type ifname : verdict;").insert(format!("{bridge} : goto wf_{side}"));
@@ -106,6 +112,17 @@ mod tests {
         assert_eq!(t.chains["walls"].rules, ["jump walls_cables", "iifname vmap @walls_from"]);
         assert!(
             t.chains["walls_cables"].rules.contains(&"iifname \"kab12cd*\" oifname @wb_own drop".to_owned())
+        );
+        // Cables reach the host at its own addresses and at those of what all share, as before.
+        assert_eq!(elements("w4_own"), ["10.77.2.1", "10.77.3.1", "10.77.4.1"]);
+        assert_eq!(elements("w6_own"), [""; 0]);
+        assert_eq!(
+            t.chains["walls_host"].rules,
+            ["iifname \"kab12cd*\" jump walls_cables_host", "iifname vmap @walls_at"]
+        );
+        assert_eq!(
+            t.chains["walls_cables_host"].rules,
+            ["ct direction reply accept", "ip daddr @w4_own drop", "ip6 daddr @w6_own drop"]
         );
         let host = &t.chains["wh_shared"].rules;
         assert_eq!(host[0], "ip daddr @w4_shared accept");
