@@ -295,8 +295,11 @@ fn a_secret_is_good_once_and_for_a_while() {
         let awaited = "ab".repeat(32);
         let options = ImageOptions { public: true, ..Default::default() };
         let make = || {
-            let live = w.engine.image_await(&w.admin, "default", &awaited, options.clone()).unwrap();
-            live.snapshot().metadata["secret"].as_str().unwrap().to_owned()
+            let (live, secret) =
+                w.engine.image_await(&w.admin, "default", &awaited, options.clone()).unwrap();
+            let record = format!("{:?}", live.snapshot());
+            assert!(record.contains(&awaited) && !record.contains(&secret), "others see {record}");
+            secret
         };
         let here = w.engine.image_await(&w.admin, "default", &fingerprint, options.clone());
         assert!(here.unwrap_err().message.contains("exists already"));
@@ -310,5 +313,14 @@ fn a_secret_is_good_once_and_for_a_while() {
         let late = make();
         env.sleep(Duration::from_secs(1000)).await;
         assert!(w.engine.image_admit("default", &awaited, &late).is_err(), "its time is over");
+        // One project does not take the places of all.
+        let all: Vec<String> = (0..64).map(|_| make()).collect();
+        let more = |project: &str| w.engine.image_await(&w.admin, project, &awaited, options.clone());
+        assert_eq!(more("default").unwrap_err().kind, karst_model::ErrorKind::Quota);
+        let own = Config::from([("features.images".to_owned(), "true".to_owned())]);
+        w.engine.project_create(&w.admin, "other", "", own).await.unwrap();
+        more("other").unwrap();
+        w.engine.image_admit("default", &awaited, &all[0]).unwrap();
+        more("default").expect("a place is free again");
     });
 }

@@ -12,7 +12,7 @@ use crate::{
 use karst_agent::CallContext;
 use karst_env::EnvExt;
 use karst_model::{
-    Error, OperationId, Result,
+    Error, OperationId, ProjectId, Result,
     access::Permission,
     image::{ImageServerProtocol, UpdateSource},
     operation::{Operation, OperationClass},
@@ -29,6 +29,8 @@ use std::{
 const GOOD: Duration = Duration::from_secs(900);
 /// Most secrets of each kind at once.
 const MOST: usize = 1024;
+/// Most images that one project awaits at once, so that none keeps the others from it.
+const MOST_OF_PROJECT: usize = 64;
 /// How long a push may take in all; that it does not stand still, the client sees to.
 const PUSH: Duration = Duration::from_secs(6 * 3600);
 
@@ -36,6 +38,8 @@ const PUSH: Duration = Duration::from_secs(6 * 3600);
 struct Awaited {
     context: Context,
     project: String,
+    /// The project that gets it.
+    home: ProjectId,
     options: ImageOptions,
     until: Duration,
 }
@@ -95,8 +99,8 @@ impl Engine {
         secret.iter().map(|b| format!("{b:02x}")).collect()
     }
 
-    /// Makes a secret by which somebody who is nobody here can bring one image, for a quarter of an hour. It is in the metadata of the
-    /// operation.
+    /// Makes a secret by which somebody who is nobody here can bring one image, for a quarter of an hour. It is answered to who
+    /// asked, and stands in no record: operations and events are shown to all who see the project.
     ///
     /// # Errors
     /// Invalid by field, conflict when the image is here, forbidden, quota.
@@ -106,7 +110,7 @@ impl Engine {
         project: &str,
         fingerprint: &str,
         options: ImageOptions,
-    ) -> Result<LiveOperation> {
+    ) -> Result<(LiveOperation, String)> {
         let home = self.project_of(context, project, FEATURE, Permission::ResourceEdit)?;
         let fingerprint = fingerprint.to_ascii_lowercase();
         let options = ImageOptions { fingerprint: Some(fingerprint.clone()), ..options };
@@ -121,18 +125,26 @@ impl Engine {
             if table.0.len() >= MOST {
                 return Err(Error::quota("too many images are awaited; try again in a while"));
             }
-            let awaited =
-                Awaited { context: context.clone(), project: project.to_owned(), options, until: now + GOOD };
+            if table.0.values().filter(|a| a.home == home.id).count() >= MOST_OF_PROJECT {
+                return Err(Error::quota(
+                    "too many images are awaited in this project; try again in a while",
+                ));
+            }
+            let awaited = Awaited {
+                context: context.clone(),
+                project: project.to_owned(),
+                home: home.id,
+                options,
+                until: now + GOOD,
+            };
             table.0.insert(secret.clone(), awaited);
         }
         let path = super::path(&fingerprint);
         let mut new = NewOperation::task("Image upload token", Some(home.id), "images", path);
         new.class = OperationClass::Token;
         let live = inner.operations.begin(context, new);
-        let told = [("secret", secret), ("fingerprint", fingerprint)];
-        let told = told.into_iter().map(|(k, v)| (k.to_owned(), v.into())).collect();
-        inner.operations.end(&live, Ok(told));
-        Ok(live)
+        inner.operations.end(&live, Ok(Map::from_iter([("fingerprint".to_owned(), fingerprint.into())])));
+        Ok((live, secret))
     }
 
     /// Takes a secret: it is used up. Whoever brings the image acts for the one who made it.

@@ -248,7 +248,14 @@ async fn images_are_pushed_to_servers() {
         let path = format!("/1.0/images?project={project}");
         let answer = far.send(Method::POST, &path, &json, body.to_string()).await;
         assert_eq!(answer.status, 202, "{}", answer.json());
-        answer.json()["metadata"]["metadata"]["secret"].as_str().unwrap().to_owned()
+        let secret = answer.json()["metadata"]["metadata"]["secret"].as_str().unwrap().to_owned();
+        // The answer alone has it: who else sees the project sees the operation.
+        let operation = answer.json()["operation"].as_str().unwrap().to_owned();
+        for path in [operation.clone(), format!("{operation}/wait"), "/1.0/operations?recursion=1".into()] {
+            let seen = far.get(&path).await.json();
+            assert!(!seen.to_string().contains(&secret), "{path}: {seen}");
+        }
+        secret
     };
     let to = |secret: &str, project: &str| {
         // As clients do, which name all aliases that it has here.

@@ -4,7 +4,8 @@ use super::snapshots::time;
 use crate::{
     app::{Call, Taken, running},
     fields::Fields,
-    respond::Reply,
+    respond::{Reply, accepted},
+    wire::operation::OperationView,
 };
 use karst_engine::{
     compute::create::InstanceSource,
@@ -128,7 +129,12 @@ fn awaited(call: &Taken, mut f: Fields, mut source: Fields) -> Result<Reply> {
         return Err(Error::invalid("auto_update", text));
     }
     f.finish(&["compression_algorithm", "format"])?;
-    running(&call.engine().image_await(&call.context, call.project(), &fingerprint, options)?)
+    let (operation, secret) =
+        call.engine().image_await(&call.context, call.project(), &fingerprint, options)?;
+    let record = operation.snapshot();
+    let mut metadata = record.metadata.clone();
+    metadata.insert("secret".into(), secret.into());
+    accepted(&record.id.to_string(), &OperationView::of(&record).with_metadata(&metadata))
 }
 
 /// `POST /1.0/images` with a JSON body.
