@@ -18,6 +18,8 @@ use std::sync::{
 
 /// Seconds of each wait: less than a server may take to begin an answer.
 const WAIT: u32 = 20;
+/// Between two questions, where the answer comes sooner.
+const APART: std::time::Duration = std::time::Duration::from_secs(1);
 
 /// What the server says of its operation.
 #[derive(Deserialize)]
@@ -99,15 +101,27 @@ pub(super) async fn push(
         || sent.load(Ordering::Relaxed),
     );
     let (status, text) = telling(upload, &sent, told).await?;
-    let mut operation = begun(status, &text)?;
+    let operation = begun(status, &text)?;
     let text = |m: &Option<Map<String, Value>>| Some(m.as_ref()?.get("secret")?.as_str()?.to_owned());
     let secret = text(&operation.metadata);
+    let timeout = WAIT.to_string();
+    let mut more = vec![("timeout", timeout.as_str())];
+    more.extend(secret.as_deref().map(|s| ("secret", s)));
+    let path = format!("/1.0/operations/{}/wait{}", encoded(&operation.id), query(target, &more));
+    ended(operation, || json(https, &path)).await
+}
+
+/// Asks until the operation ended. A server that does not wait as it is asked to is not asked without a pause.
+async fn ended<F>(mut operation: OperationAnswer, ask: impl Fn() -> F) -> Result<()>
+where
+    F: Future<Output = Result<OperationAnswer>>,
+{
     while operation.status_code < 200 {
-        let timeout = WAIT.to_string();
-        let mut more = vec![("timeout", timeout.as_str())];
-        more.extend(secret.as_deref().map(|s| ("secret", s)));
-        let path = format!("/1.0/operations/{}/wait{}", encoded(&operation.id), query(target, &more));
-        operation = json(https, &path).await?;
+        let next = tokio::time::Instant::now() + APART;
+        operation = ask().await?;
+        if operation.status_code < 200 {
+            tokio::time::sleep_until(next).await;
+        }
     }
     match operation.status_code {
         200 => Ok(()),
@@ -143,6 +157,28 @@ async fn telling<T>(
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[tokio::test]
+    async fn a_server_that_does_not_wait_is_asked_with_pauses() {
+        let answer = |status_code: u16| OperationAnswer {
+            id: String::new(),
+            status_code,
+            err: "full".into(),
+            metadata: None,
+        };
+        let asked = AtomicU64::new(0);
+        let at = tokio::time::Instant::now();
+        let codes = [103, 200];
+        let told = ended(answer(103), || {
+            let n = asked.fetch_add(1, Ordering::Relaxed);
+            std::future::ready(Ok(answer(codes[usize::try_from(n).unwrap()])))
+        });
+        told.await.unwrap();
+        assert!(at.elapsed() >= APART && asked.load(Ordering::Relaxed) == 2);
+        let never = || std::future::ready(Err(Error::unavailable("it is not asked")));
+        ended(answer(200), never).await.unwrap();
+        assert!(ended(answer(400), never).await.unwrap_err().message.ends_with("full"));
+    }
 
     #[test]
     fn answers_of_servers_are_taken_with_care() {
