@@ -127,6 +127,55 @@ fn users_with_much_of_their_own_get_what_a_profile_brings() {
     });
 }
 
+/// Whoever edits a project edits its profiles: they lead no port to the host, nor let a machine out as the host itself, neither
+/// of those who have them nor of who comes to have them. An administrator gives that to an instance.
+#[test]
+fn a_profile_leads_no_port_to_the_host() {
+    SeededEnv::run(11, |env| async move {
+        let w = World::new(&env).await.unwrap();
+        let kind = InstanceKind::VirtualMachine;
+        create(&w, P, CreateInstance { kind, ..container("v1") }).await.unwrap();
+        let own = profile(&w, P);
+        let with = |keys: &[(&str, &str)]| {
+            let mut update = profile(&w, P);
+            update.devices.insert("p".into(), config(keys));
+            update
+        };
+        let serial = [("type", "port"), ("port", "serial"), ("number", "1")];
+        for (more, key) in [
+            (&[("to", "file"), ("path", "/srv/p")][..], "to"),
+            (&[("to", "device"), ("path", "/dev/ttyS0")], "to"),
+            (&[("to", "unix"), ("path", "/srv/p")], "to"),
+            (&[("to", "tcp"), ("address", "127.0.0.1:4555")], "to"),
+            (&[("to", "stream"), ("log", "/srv/p")], "log"),
+        ] {
+            let e =
+                w.engine.profile_update(&w.admin, P, "default", with(&[&serial[..], more].concat())).await;
+            let e = e.unwrap_err();
+            assert!(e.is(ErrorKind::Invalid) && e.message.contains("of no profile"), "{more:?}: {e}");
+            assert_eq!(e.field, Some(format!("devices.p.{key}")), "{more:?}");
+        }
+        let out = with(&[("type", "nic"), ("nictype", "user")]);
+        let e = w.engine.profile_update(&w.admin, P, "default", out).await.unwrap_err();
+        assert_eq!(e.field.as_deref(), Some("devices.p.nictype"), "{e}");
+        w.engine.profile_update(&w.admin, P, "default", with(&serial)).await.unwrap();
+        w.engine.profile_update(&w.admin, P, "default", own).await.unwrap();
+        // Nobody has it yet, and nobody gets it.
+        let mut wanted = profile(&w, P);
+        let file = [&serial[..], &[("to", "file"), ("path", "/srv/p")]].concat();
+        wanted.devices.insert("p".into(), config(&file));
+        w.engine.project_create(&w.admin, "p", "", config(&[])).await.unwrap();
+        w.engine.profile_update(&w.admin, "p", "default", wanted).await.unwrap();
+        let e = create(&w, "p", CreateInstance { kind, ..container("v2") }).await.unwrap_err();
+        assert_eq!(e.field.as_deref(), Some("devices.p.to"), "{e}");
+        let devices = Devices::from([("p".to_owned(), config(&file))]);
+        create(&w, "p", CreateInstance { kind, devices, ..container("v2") }).await.unwrap();
+        w.settle().await;
+        assert_eq!(w.faults().await, [""; 0]);
+        w.engine.close();
+    });
+}
+
 /// What one transaction cannot ask is said before anything is done, and nothing stays locked.
 #[test]
 fn a_profile_of_too_many_projects_does_not_begin_to_change() {

@@ -10,7 +10,7 @@ use super::{
 use crate::{EngineInner, Records, db::Tx};
 use karst_model::{
     Error, ProfileId, ProjectId, Result,
-    device::{NicDevice, NicKind},
+    device::{NicDevice, NicKind, PortEnd},
     instance::Instance,
     network::BridgeSpec,
     spec::NetworkHost,
@@ -44,21 +44,33 @@ impl EngineInner {
         together: Option<ProfileId>,
     ) -> Result<()> {
         check_ports(records, tx, instance.project, parsed)?;
-        check_user(instance, parsed)?;
+        demand_own(instance, parsed)?;
         self.check_addresses(records, Some(tx), instance, parsed, together)
     }
 }
 
-/// What goes out as the host itself is given by an administrator to one machine, and by no profile.
-fn check_user(instance: &Instance, parsed: &ParsedDevices) -> Result<()> {
+/// What goes out as the host itself, and what leads to paths and addresses of the host, is given by an administrator to one
+/// machine, and by no profile. The instance is the one that is recorded, without what its profiles say.
+///
+/// # Errors
+/// Invalid, naming the device and key.
+pub(crate) fn demand_own(instance: &Instance, parsed: &ParsedDevices) -> Result<()> {
+    let foreign = |device: &String| !instance.devices.contains_key(device);
     let mut all = parsed.nics.iter().filter(|(_, nic)| nic.kind == NicKind::User);
-    match all.find(|(device, _)| !instance.devices.contains_key(device)) {
-        Some((device, _)) => {
-            let text = "a NIC of nictype user is a device of the instance itself and of no profile";
-            Err(Error::invalid(format!("devices.{device}.nictype"), text))
-        }
-        None => Ok(()),
+    if let Some((device, _)) = all.find(|(device, _)| foreign(device)) {
+        let text = "a NIC of nictype user is a device of the instance itself and of no profile";
+        return Err(Error::invalid(format!("devices.{device}.nictype"), text));
     }
+    for (device, port) in parsed.ports.iter().filter(|(device, _)| foreign(device)) {
+        let key = match &port.to {
+            PortEnd::Stream {} | PortEnd::Null {} | PortEnd::Screen {} if port.log.is_none() => continue,
+            PortEnd::Stream {} | PortEnd::Null {} | PortEnd::Screen {} => "log",
+            PortEnd::File(_) | PortEnd::Device { .. } | PortEnd::Unix { .. } | PortEnd::Tcp { .. } => "to",
+        };
+        let text = "a port that leads to a path or an address of the host is a device of the instance itself and of no profile";
+        return Err(Error::invalid(format!("devices.{device}.{key}"), text));
+    }
+    Ok(())
 }
 
 /// The networks of NICs exist and stay as they were read, and have what the NICs say.

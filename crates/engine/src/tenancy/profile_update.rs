@@ -15,6 +15,7 @@ use crate::{
         create::networks_of,
         disks::check_disks,
         expand::{self, ParsedDevices},
+        nic_checks::demand_own,
         run::{as_run, of_run_only, over_flat},
         update::{check_root, limit_again},
     },
@@ -122,6 +123,8 @@ fn demand_valid_user(
             check_root(records, instance, &parsed)?;
         }
         demand_unshared(records, instance, &changed_disks, taken)?;
+        // Of the record: in what is flat, all is the instance's own.
+        demand_own(instance, &parsed)?;
         engine.check_nics_besides(records, tx, &after, &parsed, Some(changed.id))?;
     }
     let whole = |i: &Instance| {
