@@ -66,7 +66,7 @@ pub mod fd {
     /// Initial file system of the kernel.
     pub const INITRD: i32 = 36;
     /// First string of the SMBIOS.
-    pub const STRINGS: i32 = 300;
+    pub const STRINGS: i32 = 240;
     /// First tap.
     pub const NIC: i32 = 20;
     /// Of the first disk; each has this and the next, which is of the file below a clone.

@@ -3,7 +3,10 @@
 use super::*;
 use crate::{devices::tests::disk, directories::tests::directory};
 use karst_guest::DiskFormat;
-use karst_model::{device::NicModel, threads::IoThread};
+use karst_model::{
+    device::{NicModel, PARALLEL_PORTS, SERIAL_PORTS, VIRTIO_PORTS},
+    threads::IoThread,
+};
 
 pub(crate) fn machine() -> Machine {
     Machine {
@@ -251,7 +254,7 @@ fn strings_of_the_firmware_are_in_no_argument() {
     m.spec.strings = vec!["role=web".into(), "io.systemd.credential:key=sesame".into()];
     let args = argv(&m).unwrap();
     let named: Vec<_> = args.iter().filter(|a| a.starts_with("type=11")).collect();
-    assert_eq!(named, ["type=11,path=/proc/self/fd/300", "type=11,path=/proc/self/fd/301"]);
+    assert_eq!(named, ["type=11,path=/proc/self/fd/240", "type=11,path=/proc/self/fd/241"]);
     assert!(!args.iter().any(|a| a.contains("sesame") || a.contains("role")), "{args:?}");
     m.spec.strings = vec!["a=b".into(); MOST_STRINGS + 1];
     assert_eq!(argv(&m).unwrap_err().field.as_deref(), Some("config.smbios11"));
@@ -366,6 +369,8 @@ fn descriptor_numbers_differ() {
     all.extend((0..MOST_STRINGS as i32).map(|i| fd::STRINGS + i));
     all.extend((0..2 * MAX_DISKS as i32).map(|i| fd::DISK + i));
     all.extend((0..MAX_DIRECTORIES as i32).map(|i| fd::DIRECTORY + i));
+    let ports = (SERIAL_PORTS + PARALLEL_PORTS) as usize + VIRTIO_PORTS;
+    all.extend((0..2 * ports as i32).map(|i| fd::PORT + i));
     let n = all.len();
     all.sort_unstable();
     all.dedup();
