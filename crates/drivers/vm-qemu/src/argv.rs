@@ -149,7 +149,7 @@ pub fn cpu_count(limit: Option<&CpuLimit>) -> u32 {
 }
 
 /// Only what QEMU's option parser cannot mistake: a comma would begin another property.
-fn word<'a>(field: &str, s: &'a str, extra: &str) -> Result<&'a str> {
+pub(crate) fn word<'a>(field: &str, s: &'a str, extra: &str) -> Result<&'a str> {
     let ok = !s.is_empty()
         && s.len() <= 512
         && s.bytes().all(|b| {

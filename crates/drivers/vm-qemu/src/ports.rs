@@ -4,7 +4,11 @@
 //! are descriptors, and a port that leads to who attaches is a socket in the guest's state directory, which is root's, so
 //! that it outlives every daemon.
 
-use crate::{argv::fd, launch, machine::Inner};
+use crate::{
+    argv::{fd, word},
+    launch,
+    machine::Inner,
+};
 use karst_guest::ResolvedGuest;
 use karst_model::{
     Error, Result,
@@ -38,6 +42,11 @@ fn socket(name: &str) -> String {
     format!("{}{name}{}", SOCKET.0, SOCKET.1)
 }
 
+/// The name of a port, which becomes part of options and of a file's name, whatever the engine asked of it.
+fn checked(line: &LineSpec) -> Result<&str> {
+    word(&format!("devices.{}", line.name), &line.name, "")
+}
+
 /// What QEMU is told of these.
 ///
 /// # Errors
@@ -47,8 +56,7 @@ pub fn options(lines: &[LineSpec]) -> Result<Ports> {
     let mut virtio = FIRST;
     for (i, line) in lines.iter().enumerate() {
         let (number, set) = (fd::PORT + 2 * i as i32, SETS + 2 * i as u32);
-        // The name of a device has nothing that would begin another property.
-        let id = format!("port-{}", line.name);
+        let id = format!("port-{}", checked(line)?);
         let mut backend = match &line.device.to {
             PortEnd::Stream {} => format!("socket,id={id},fd={number},server=on,wait=off"),
             PortEnd::Null {} => format!("null,id={id}"),
@@ -104,7 +112,7 @@ pub fn options(lines: &[LineSpec]) -> Result<Ports> {
                     "driver": "virtserialport", "bus": "serial0.0", "nr": next()?, "id": device, "chardev": id
                 });
                 if let Some(name) = name {
-                    channel["name"] = name.as_str().into();
+                    channel["name"] = word(&format!("devices.{}.name", line.name), name, "")?.into();
                 }
                 channel
             }
@@ -126,7 +134,9 @@ pub(crate) fn descriptors(guest: &ResolvedGuest, lines: &[LineSpec]) -> Result<V
         let opened = guest.ports.get(&line.name);
         match &line.device.to {
             PortEnd::Null {} | PortEnd::Screen {} => {}
-            PortEnd::Stream {} => all.push((number, launch::listen(&guest.state_dir, &socket(&line.name))?)),
+            PortEnd::Stream {} => {
+                all.push((number, launch::listen(&guest.state_dir, &socket(checked(line)?))?))
+            }
             _ => {
                 let end = opened.and_then(|o| o.end.as_ref()).ok_or_else(unopened)?;
                 all.push((number, end.0.try_clone()?));
@@ -240,5 +250,16 @@ mod tests {
         assert_eq!(pending(&now, &now), BTreeSet::new());
         assert_eq!(pending(&now, &new), BTreeSet::from(["devices.a".to_owned()]));
         assert_eq!(pending(&now, &[]), BTreeSet::from(["devices.a".to_owned()]));
+    }
+
+    #[test]
+    fn nothing_slips_a_property_in() {
+        for bad in ["", "a,path=/etc/shadow", "../a", "a/b", "a b", "a=b"] {
+            let lines = [line(bad, PortPlace::Serial { number: 1 }, PortEnd::Stream {})];
+            assert_eq!(options(&lines).unwrap_err().field, Some(format!("devices.{bad}")), "{bad:?}");
+            let channel = PortPlace::Channel { name: Some(bad.into()) };
+            let e = options(&[line("a", channel, PortEnd::Null {})]).unwrap_err();
+            assert_eq!(e.field.as_deref(), Some("devices.a.name"), "{bad:?}");
+        }
     }
 }
