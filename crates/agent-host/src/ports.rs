@@ -17,14 +17,17 @@ use karst_model::{
     device::{PortEnd, PortFile},
     spec::LineSpec,
 };
-use rustix::fs::{AtFlags, FileType, Mode, OFlags};
+use rustix::{
+    fs::{AtFlags, FileType, Mode, OFlags},
+    net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType},
+};
 use std::{
     collections::BTreeMap,
     fs::File,
     net::{SocketAddr, TcpListener, TcpStream},
     os::{
         fd::{AsRawFd, OwnedFd},
-        unix::net::{UnixListener, UnixStream},
+        unix::net::UnixStream,
     },
     path::Path,
     sync::Arc,
@@ -34,6 +37,9 @@ use std::{
 /// Time that somebody who is connected to has to answer.
 const CONNECT: Duration = Duration::from_secs(5);
 
+/// Those that may wait at a socket with a name.
+const BACKLOG: i32 = 128;
+
 impl RealAgent {
     /// What the ports of a machine lead to, opened.
     pub(crate) async fn ports(&self, guest: &ResolvedGuest) -> Result<BTreeMap<String, ResolvedPort>> {
@@ -42,10 +48,7 @@ impl RealAgent {
             return Ok(BTreeMap::new());
         }
         let policy = self.options.policy.clone();
-        let all = move || -> Result<BTreeMap<String, ResolvedPort>> {
-            lines.iter().map(|line| Ok((line.name.clone(), resolve(&policy, line)?))).collect()
-        };
-        blocking(all).await
+        blocking(move || resolve_all(&policy, &lines)).await
     }
 
     /// Attaches to a port that leads to who attaches.
@@ -64,6 +67,27 @@ impl RealAgent {
         let (value, fd) = self.sessions.port(instance, port, stream)?;
         Ok(WithFds { value, fds: vec![fd] })
     }
+}
+
+/// What all of them lead to. Files that begin anew are emptied when all else is there: a start that fails loses nothing.
+fn resolve_all(policy: &HostPolicy, lines: &[LineSpec]) -> Result<BTreeMap<String, ResolvedPort>> {
+    let mut all = BTreeMap::new();
+    for line in lines {
+        all.insert(line.name.clone(), resolve(policy, line)?);
+    }
+    for line in lines {
+        let Some(port) = all.get(&line.name) else { continue };
+        let end = match &line.device.to {
+            PortEnd::File(file) => Some(file),
+            _ => None,
+        };
+        for (wanted, opened) in [(end, &port.end), (line.device.log.as_ref(), &port.log)] {
+            if let (Some(PortFile { append: false, .. }), Some(Opened(file))) = (wanted, opened) {
+                rustix::fs::ftruncate(file, 0).map_err(std::io::Error::from)?;
+            }
+        }
+    }
+    Ok(all)
 }
 
 fn resolve(policy: &HostPolicy, line: &LineSpec) -> Result<ResolvedPort> {
@@ -137,24 +161,28 @@ impl HostPolicy {
         Ok((directory, name.to_owned()))
     }
 
-    /// A file that what a guest says is written to: root's, and made when it is not there.
+    /// A file that what a guest says is written to: root's, and made when it is not there. What is in it stays.
     fn port_file(&self, field: &str, wanted: &PortFile) -> Result<OwnedFd> {
         let (directory, name) = self.port_place(field, &wanted.path)?;
-        let how = if wanted.append { OFlags::APPEND } else { OFlags::TRUNC };
-        let flags =
-            OFlags::WRONLY | OFlags::CREATE | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC | how;
         let refused = |why: &str| Error::invalid(field, format!("{:?} {why}", wanted.path));
-        let file =
-            rustix::fs::openat(&directory, &name, flags, Mode::from_raw_mode(0o600)).map_err(
-                |e| match e {
-                    rustix::io::Errno::LOOP => refused("is a link"),
-                    e => Error::from(std::io::Error::from(e)).at(field),
-                },
-            )?;
-        match kind(&file)? {
-            FileType::RegularFile => Ok(file),
-            _ => Err(refused("is not a file")),
+        let failed = |e: std::io::Error| Error::from(e).at(field);
+        let mut flags = OFlags::WRONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
+        if wanted.append {
+            flags |= OFlags::APPEND;
         }
+        let new = flags | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW;
+        match rustix::fs::openat(&directory, &name, new, Mode::from_raw_mode(0o600)) {
+            Err(rustix::io::Errno::EXIST) => {}
+            made => return made.map_err(|e| failed(e.into())),
+        }
+        // Nothing is done to what it is before that is known.
+        let found = open_beneath(&directory, &name, OFlags::PATH | OFlags::NOFOLLOW).map_err(failed)?;
+        match kind(&found)? {
+            FileType::RegularFile => {}
+            FileType::Symlink => return Err(refused("is a link")),
+            _ => return Err(refused("is not a file")),
+        }
+        rustix::fs::open(itself(&found), flags, Mode::empty()).map_err(|e| failed(e.into()))
     }
 
     /// A device that bytes go to and come from.
@@ -168,36 +196,34 @@ impl HostPolicy {
         if kind(&found)? != FileType::CharacterDevice {
             return Err(Error::invalid(field, format!("{path:?} is no device that bytes go to")));
         }
-        let name = format!("/proc/self/fd/{}", found.as_raw_fd());
         let flags = OFlags::RDWR | OFlags::NOCTTY | OFlags::NONBLOCK | OFlags::CLOEXEC;
-        let opened = rustix::fs::open(name, flags, Mode::empty());
+        let opened = rustix::fs::open(itself(&found), flags, Mode::empty());
         opened.map_err(|e| Error::from(std::io::Error::from(e)).at(field))
     }
 
     /// A socket with a name: one of root's own that listens, or who listens there already.
     fn port_socket(&self, field: &str, path: &str, listen: bool) -> Result<OwnedFd> {
         let (directory, name) = self.port_place(field, path)?;
-        let at = format!("/proc/self/fd/{}/{name}", directory.as_raw_fd());
-        if !listen {
-            let connected = UnixStream::connect(at).map_err(|e| nobody(field, path, e))?;
-            return Ok(connected.into());
-        }
-        match rustix::fs::statat(&directory, &name, AtFlags::SYMLINK_NOFOLLOW) {
-            // What an earlier start left, or somebody else's that has ended.
-            Ok(stat) if FileType::from_raw_mode(stat.st_mode) == FileType::Socket => {
-                if UnixStream::connect(&at).is_ok() {
-                    return Err(Error::conflict(format!("somebody listens at {path:?}")).at(field));
-                }
-                rustix::fs::unlinkat(&directory, &name, AtFlags::empty()).map_err(std::io::Error::from)?;
-            }
+        let found = match open_beneath(&directory, &name, OFlags::PATH | OFlags::NOFOLLOW) {
+            Ok(found) if kind(&found)? == FileType::Socket => Ok(found),
             Ok(_) => return Err(Error::conflict(format!("{path:?} is there, and is no socket")).at(field)),
-            Err(rustix::io::Errno::NOENT) => {}
-            Err(e) => return Err(Error::from(std::io::Error::from(e)).at(field)),
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => Err(e),
+            Err(e) => return Err(Error::from(e).at(field)),
+        };
+        if !listen {
+            return found.and_then(|found| connect(&found)).map_err(|e| nobody(field, path, e));
         }
-        let listener = UnixListener::bind(&at).map_err(|e| Error::from(e).at(field))?;
-        let mode = Mode::from_raw_mode(0o600);
-        rustix::fs::chmodat(&directory, &name, mode, AtFlags::empty()).map_err(std::io::Error::from)?;
-        Ok(listener.into())
+        if let Ok(found) = found {
+            match connect(&found) {
+                // What an earlier start left, or somebody else's that has ended.
+                Err(e) if e.kind() == std::io::ErrorKind::ConnectionRefused => {}
+                // Also who has more to answer than he takes.
+                _ => return Err(Error::conflict(format!("somebody listens at {path:?}")).at(field)),
+            }
+            rustix::fs::unlinkat(&directory, &name, AtFlags::empty()).map_err(std::io::Error::from)?;
+        }
+        let at = format!("/proc/self/fd/{}/{name}", directory.as_raw_fd());
+        bind(&at).map_err(|e| Error::from(e).at(field))
     }
 
     /// A port of TCP, one that listens or who listens there already.
@@ -235,6 +261,35 @@ fn nobody(field: &str, at: &str, e: std::io::Error) -> Error {
         .with_context(e)
 }
 
+/// A path that is what the descriptor holds, whatever lies at its name by now.
+fn itself(found: &OwnedFd) -> String {
+    format!("/proc/self/fd/{}", found.as_raw_fd())
+}
+
+fn stream(flags: SocketFlags) -> std::io::Result<OwnedFd> {
+    let flags = flags | SocketFlags::CLOEXEC;
+    Ok(rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?)
+}
+
+/// Connects to this socket. Who listens and takes nobody is not waited for.
+fn connect(found: &OwnedFd) -> std::io::Result<OwnedFd> {
+    let socket = stream(SocketFlags::NONBLOCK)?;
+    rustix::net::connect(&socket, &SocketAddrUnix::new(itself(found))?)?;
+    let connected = UnixStream::from(socket);
+    connected.set_nonblocking(false)?;
+    Ok(connected.into())
+}
+
+/// Listens at a path where nothing is, for root alone.
+fn bind(at: &str) -> std::io::Result<OwnedFd> {
+    let socket = stream(SocketFlags::empty())?;
+    // The kernel gives the name the mode that the socket has: what lies at the name later is not touched.
+    rustix::fs::fchmod(&socket, Mode::from_raw_mode(0o600))?;
+    rustix::net::bind(&socket, &SocketAddrUnix::new(at)?)?;
+    rustix::net::listen(&socket, BACKLOG)?;
+    Ok(socket)
+}
+
 fn kind(fd: &OwnedFd) -> Result<FileType> {
     let stat = rustix::fs::fstat(fd).map_err(std::io::Error::from)?;
     Ok(FileType::from_raw_mode(stat.st_mode))
@@ -244,7 +299,14 @@ fn kind(fd: &OwnedFd) -> Result<FileType> {
 mod tests {
     use super::*;
     use karst_model::ErrorKind;
-    use std::io::{Read, Write};
+    use karst_model::device::{PortDevice, PortPlace};
+    use std::{
+        io::{Read, Write},
+        os::unix::{
+            fs::{PermissionsExt, symlink},
+            net::UnixListener,
+        },
+    };
 
     fn policy(granted: &Path) -> HostPolicy {
         HostPolicy { port_paths: vec![granted.to_owned()], ..HostPolicy::default() }
@@ -254,21 +316,33 @@ mod tests {
         PortFile { path: path.to_str().unwrap().to_owned(), append }
     }
 
+    fn line(name: &str, path: &Path, append: bool) -> LineSpec {
+        let (place, to) = (PortPlace::Serial { number: 1 }, PortEnd::File(file(path, append)));
+        LineSpec { name: name.into(), device: PortDevice { place, to, log: None } }
+    }
+
     #[test]
     fn files_are_made_and_written_below_what_is_granted_only() {
         let dir = tempfile::tempdir().unwrap();
         let (granted, other) = (dir.path().join("granted"), dir.path().join("other"));
         std::fs::create_dir(&granted).unwrap();
         std::fs::create_dir(&other).unwrap();
-        std::os::unix::fs::symlink(&other, granted.join("link")).unwrap();
-        std::os::unix::fs::symlink(other.join("x"), granted.join("file")).unwrap();
+        symlink(&other, granted.join("link")).unwrap();
+        symlink(other.join("x"), granted.join("file")).unwrap();
         let policy = policy(&granted);
         for (append, content) in [(false, "ab"), (true, "abab"), (false, "ab")] {
-            let fd = policy.port_file("f", &file(&granted.join("a"), append)).unwrap();
+            let all = resolve_all(&policy, &[line("p", &granted.join("a"), append)]).unwrap();
+            let fd = all["p"].end.as_ref().unwrap().0.try_clone().unwrap();
             File::from(fd).write_all(b"ab").unwrap();
             assert_eq!(std::fs::read_to_string(granted.join("a")).unwrap(), content);
         }
+        // What is not started empties nothing.
+        let lines = [line("p", &granted.join("a"), false), line("q", &other.join("a"), false)];
+        assert!(resolve_all(&policy, &lines).unwrap_err().is(ErrorKind::Forbidden));
+        assert_eq!(std::fs::read_to_string(granted.join("a")).unwrap(), "ab");
+        std::fs::create_dir(granted.join("directory")).unwrap();
         for (path, kind) in [
+            (granted.join("directory"), ErrorKind::Invalid),
             (other.join("a"), ErrorKind::Forbidden),
             (granted.join("link/a"), ErrorKind::Forbidden),
             (granted.join("file"), ErrorKind::Invalid),
@@ -295,6 +369,7 @@ mod tests {
         let e = policy.port_socket("f", at, false).unwrap_err();
         assert!(e.is(ErrorKind::Conflict), "{e}");
         let listener = UnixListener::from(policy.port_socket("f", at, true).unwrap());
+        assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
         let mut one = UnixStream::from(policy.port_socket("f", at, false).unwrap());
         one.write_all(b"hello").unwrap();
         drop(one);
@@ -307,6 +382,21 @@ mod tests {
         std::fs::write(dir.path().join("file"), "").unwrap();
         let e = policy.port_socket("f", dir.path().join("file").to_str().unwrap(), true).unwrap_err();
         assert!(e.message.contains("no socket"), "{e}");
+        // A link to one is none, and who takes nobody keeps nobody waiting.
+        let busy = dir.path().join("busy");
+        let full = stream(SocketFlags::empty()).unwrap();
+        rustix::net::bind(&full, &SocketAddrUnix::new(&busy).unwrap()).unwrap();
+        rustix::net::listen(&full, 0).unwrap();
+        symlink(&busy, dir.path().join("link")).unwrap();
+        for listen in [false, true] {
+            let e = policy.port_socket("f", dir.path().join("link").to_str().unwrap(), listen).unwrap_err();
+            assert!(e.is(ErrorKind::Conflict) && e.message.contains("no socket"), "{e}");
+        }
+        let _waiting = UnixStream::connect(&busy).unwrap();
+        for (listen, text) in [(false, "nobody answers"), (true, "somebody listens")] {
+            let e = policy.port_socket("f", busy.to_str().unwrap(), listen).unwrap_err();
+            assert!(e.is(ErrorKind::Conflict) && e.message.contains(text), "{e}");
+        }
         let null = HostPolicy { port_paths: vec!["/dev/null".into()], ..HostPolicy::default() };
         null.port_device("f", "/dev/null").unwrap();
         assert!(null.port_device("f", "/dev/zero").unwrap_err().is(ErrorKind::Forbidden));
