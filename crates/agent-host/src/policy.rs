@@ -63,7 +63,8 @@ pub struct HostPolicy {
     /// address uses it then, and on the loopback these are all of the host.
     pub screen_listen_open: Vec<String>,
     /// Files, sockets and devices of the host that ports of virtual machines may lead to, each as it stands there, and those below
-    /// directories. Files are made and written as root, whose they are.
+    /// directories. Files are made and written as root, whose they are. What a guest writes to one is not bounded: a directory of
+    /// files wants a quota, or a file system of its own.
     pub port_paths: Vec<PathBuf>,
     /// Addresses that they may listen at and connect to: `127.0.0.1:4555`, `127.0.0.1` for all its ports, `*` for all.
     pub port_addresses: Vec<String>,
