@@ -442,7 +442,9 @@ impl EngineInner {
             (row.value.clone(), records.runtimes.get(&row.id).map(|r| Arc::new(r.value.clone())))
         };
         if let Some(slot) = slot {
-            let device = row.identities.iter().find(|(_, i)| i.slot == slot).map(|(name, _)| name.clone());
+            let applied = runtime.as_ref().and_then(|r| r.applied.as_ref());
+            let identities = applied.map_or_else(|| row.identities.clone(), |a| a.known_by(&row.identities));
+            let device = identities.into_iter().find(|(_, i)| i.slot == slot).map(|(name, _)| name);
             context.extend([("device".to_owned(), json!(device)), ("slot".to_owned(), json!(slot))]);
         }
         let project_name = self.project_name(Some(row.project));

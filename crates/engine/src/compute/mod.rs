@@ -142,8 +142,11 @@ impl Records {
 
     /// The disk at a slot in the user's words.
     fn disk_at(&self, instance: &Instance, slot: &str) -> Option<String> {
-        let (name, _) = instance.identities.iter().find(|(_, identity)| identity.slot == slot)?;
-        let devices = self.expanded(instance).1;
+        let applied = self.runtimes.get(&instance.id).and_then(|r| r.applied.as_ref());
+        let identities =
+            applied.map_or_else(|| instance.identities.clone(), |a| a.known_by(&instance.identities));
+        let (name, _) = identities.iter().find(|(_, identity)| identity.slot == slot)?;
+        let devices = applied.map_or_else(|| self.expanded(instance).1, |a| a.devices.clone());
         let pool = devices.get(name).and_then(|keys| keys.get("pool"));
         Some(match pool {
             Some(pool) => format!("disk {name:?} on pool {pool:?}"),

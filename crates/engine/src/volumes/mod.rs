@@ -14,7 +14,7 @@ use karst_model::{
     Error, InstanceId, Missing, Name, ProjectId, Result, VolumeId,
     access::Permission,
     device::{Devices, kernel_names},
-    instance::Instance,
+    instance::{DeviceIdentity, Instance},
     profile::Profile,
     project::{DEFAULT_PROJECT, Project},
     storage::{Pool, Volume},
@@ -135,9 +135,14 @@ pub(crate) fn slots_of(records: &Records, volume: &Volume, instance: &Instance) 
     let Some(pool) = records.pools.get(&volume.pool) else { return vec![] };
     let expanded = records.expanded(instance).1;
     let applied = records.runtimes.get(&instance.id).and_then(|r| r.applied.as_ref());
-    let all = [Some(&expanded), applied.map(|a| &a.devices)];
-    let names = all.into_iter().flatten().flat_map(|devices| disks_of(devices, pool, volume));
-    names.filter_map(|name| Some(instance.identities.get(name)?.slot.clone())).collect()
+    let slots = |devices: &Devices, identities: &BTreeMap<String, DeviceIdentity>| -> Vec<String> {
+        let names = disks_of(devices, pool, volume);
+        names.filter_map(|name| Some(identities.get(name)?.slot.clone())).collect()
+    };
+    let mut all = slots(&expanded, &instance.identities);
+    // What runs may be known by another slot than its next start.
+    all.extend(applied.into_iter().flat_map(|a| slots(&a.devices, &a.known_by(&instance.identities))));
+    all
 }
 
 /// Has the guest of the instance, which runs, the volume as a disk?
