@@ -35,6 +35,7 @@ use std::{
         unix::fs::{FileTypeExt, OpenOptionsExt},
     },
     path::Path,
+    time::Duration,
 };
 use tokio::net::UnixStream;
 
@@ -119,10 +120,26 @@ fn open_dir(dir: &Path) -> std::io::Result<OwnedFd> {
     Ok(rustix::fs::open(dir, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?)
 }
 
+/// How long who connects waits for a place among those who wait, and how long between two tries.
+const PLACE: Duration = Duration::from_secs(5);
+const TRY: Duration = Duration::from_millis(5);
+
 /// Connects to a socket of `dir`, through a descriptor because a socket's path may have 107 bytes only.
+///
+/// QEMU listens for one at a time: two more wait in the kernel, and who comes then is not let wait there but refused
+/// (`EAGAIN`). He waits here.
 pub(crate) async fn connect(dir: &Path, name: &str) -> std::io::Result<UnixStream> {
     let dir = open_dir(dir)?;
-    UnixStream::connect(format!("/proc/self/fd/{}/{name}", dir.as_raw_fd())).await
+    let path = format!("/proc/self/fd/{}/{name}", dir.as_raw_fd());
+    let end = tokio::time::Instant::now() + PLACE;
+    loop {
+        match UnixStream::connect(&path).await {
+            Err(e) if e.kind() == std::io::ErrorKind::WouldBlock && tokio::time::Instant::now() < end => {
+                tokio::time::sleep(TRY).await;
+            }
+            connected => return connected,
+        }
+    }
 }
 
 pub(crate) fn listen(dir: &Path, name: &str) -> Result<OwnedFd> {
@@ -518,6 +535,36 @@ mod tests {
         let mut text = String::new();
         theirs.read_to_string(&mut text).unwrap();
         assert_eq!(text, "first");
+    }
+
+    #[tokio::test]
+    async fn many_at_once_wait_for_a_place() {
+        let dir = tempfile::tempdir().unwrap();
+        let listener = listen(dir.path(), "s").unwrap();
+        // As QEMU listens with a descriptor that it was handed.
+        rustix::net::listen(&listener, 1).unwrap();
+        let path = dir.path().to_owned();
+        let mut all = tokio::task::JoinSet::new();
+        for _ in 0..8 {
+            let path = path.clone();
+            all.spawn(async move { connect(&path, "s").await });
+        }
+        let served = tokio::task::spawn_blocking(move || {
+            let listener = std::os::unix::net::UnixListener::from(listener);
+            let mut served = vec![];
+            for _ in 0..8 {
+                std::thread::sleep(Duration::from_millis(10));
+                served.push(listener.accept().unwrap().0);
+            }
+            served
+        });
+        while let Some(connected) = all.join_next().await {
+            connected.unwrap().expect("a place");
+        }
+        assert_eq!(served.await.unwrap().len(), 8);
+
+        let nobody = connect(dir.path(), "t").await.unwrap_err();
+        assert_eq!(nobody.kind(), std::io::ErrorKind::NotFound, "who is not there is not waited for");
     }
 
     #[test]

@@ -26,12 +26,12 @@ const MOST: usize = 4096;
 pub(crate) type Secrets = Mutex<BTreeMap<String, (ImageId, Duration)>>;
 
 impl Engine {
-    /// Makes a secret by which somebody who is nobody here can read one image, for a quarter of an hour. It is in the
-    /// metadata of the operation.
+    /// Makes a secret by which somebody who is nobody here can read one image, for a quarter of an hour. It is answered to
+    /// who asked and stands in no record: the operation names the image only.
     ///
     /// # Errors
     /// Not found, forbidden, quota.
-    pub fn image_secret(&self, context: &Context, project: &str, reference: &str) -> Result<LiveOperation> {
+    pub fn image_secret(&self, context: &Context, project: &str, reference: &str) -> Result<(LiveOperation, String)> {
         let project = self.project_of(context, project, FEATURE, Permission::ResourceEdit)?;
         let inner = self.inner();
         let image = inner.inventory.read().image(project.id, reference)?.clone();
@@ -51,10 +51,9 @@ impl Engine {
         let mut new = NewOperation::task("Image download token", Some(project.id), "images", path);
         new.class = OperationClass::Token;
         let live = inner.operations.begin(context, new);
-        let told = [("secret", secret), ("fingerprint", image.fingerprint.clone())];
-        let told = told.into_iter().map(|(k, v)| (k.to_owned(), v.into())).collect();
+        let told = [("fingerprint".to_owned(), image.fingerprint.clone().into())].into_iter().collect();
         inner.operations.end(&live, Ok(told));
-        Ok(live)
+        Ok((live, secret))
     }
 
     fn opened(&self, secret: Option<&str>) -> Option<ImageId> {

@@ -217,7 +217,11 @@ pub async fn export(call: Call) -> Result<Reply> {
 pub async fn secret(call: Call) -> Result<Reply> {
     by_fingerprint(&call)?;
     let call = call.bodiless().await?;
-    running(&call.engine().image_secret(&call.context, call.project(), call.param(0))?)
+    let (operation, secret) = call.engine().image_secret(&call.context, call.project(), call.param(0))?;
+    let record = operation.snapshot();
+    let mut metadata = record.metadata.clone();
+    metadata.insert("secret".into(), secret.into());
+    accepted(&record.id.to_string(), &OperationView::of(&record).with_metadata(&metadata))
 }
 
 /// `POST /1.0/images/{fingerprint}/export`: pushes it to another server, where a secret was made for it.
