@@ -49,6 +49,10 @@ const TAIL: u64 = 6000;
 const PAGE: u32 = 1000;
 /// Entries of one call.
 const BATCH: usize = 200;
+/// Time between two batches: a single entry is written at once, of a stream so much together. Its changes are in the store meanwhile.
+const GATHER: Duration = Duration::from_millis(20);
+/// How long a reader waits for what was said before he asked.
+const SETTLE: Duration = Duration::from_secs(2);
 /// Time for a batch, and until it is tried again.
 const CALL: Duration = Duration::from_secs(10);
 const AGAIN: Duration = Duration::from_secs(1);
@@ -517,6 +521,7 @@ pub(crate) async fn writer(weak: Weak<EngineInner>) {
     if let Some(inner) = weak.upgrade() {
         inner.audit.stored[0].fetch_add(spent.len() as u64, Ordering::Relaxed);
     }
+    let mut last = None;
     let mut entries = entries.into_iter().peekable();
     while entries.peek().is_some() {
         let some = entries.by_ref().take(BATCH).collect();
@@ -554,6 +559,10 @@ pub(crate) async fn writer(weak: Weak<EngineInner>) {
                 continue;
             }
         }
+        let early = last.map(|last: Duration| (last + GATHER).saturating_sub(env.monotonic()));
+        if let Some(early) = early.filter(|early| !early.is_zero()) {
+            env.sleep(early).await;
+        }
         while received.len() < BATCH
             && let Ok(waiting) = requests.try_recv()
         {
@@ -582,6 +591,7 @@ pub(crate) async fn writer(weak: Weak<EngineInner>) {
         if append(&weak, &mut number, batch).await.is_none() {
             return;
         }
+        last = Some(env.monotonic());
         spent.append(&mut keys);
         if spent.len() >= TAKEN {
             take_out(&weak, &mut spent).await;
@@ -637,6 +647,8 @@ impl Engine {
     /// Forbidden, unavailable.
     pub async fn audit_read(&self, context: &Context, from: u64, limit: u32) -> Result<Vec<AuditRecord>> {
         context.demand_server(Permission::ServerInspect)?;
+        // Who changed something and asks finds it. A host that takes nothing is no reason to show nothing.
+        let _ = self.audit_settle(SETTLE).await;
         let agent = self.inner().agents.get(self.inner().node)?;
         agent.audit_read(&CallContext::read(CALL), AuditRange { from, limit }).await
     }
@@ -662,6 +674,14 @@ impl Engine {
     /// # Errors
     /// Timeout when the host does not take it.
     pub async fn audit_flush(&self, patience: Duration) -> Result<()> {
+        self.audit_settle(patience).await?;
+        // The next daemon has nothing to look for.
+        self.inner().set_audit_open(false).await?;
+        Ok(())
+    }
+
+    /// Waits until what was said by then is written.
+    async fn audit_settle(&self, patience: Duration) -> Result<()> {
         let inner: &Arc<EngineInner> = self.inner();
         let [queued, written] = &inner.audit.counts;
         let wanted = queued.load(Ordering::Relaxed);
@@ -672,8 +692,6 @@ impl Engine {
             }
             inner.env.sleep(Duration::from_millis(10)).await;
         }
-        // The next daemon has nothing to look for.
-        inner.set_audit_open(false).await?;
         Ok(())
     }
 }

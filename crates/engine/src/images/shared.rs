@@ -31,7 +31,12 @@ impl Engine {
     ///
     /// # Errors
     /// Not found, forbidden, quota.
-    pub fn image_secret(&self, context: &Context, project: &str, reference: &str) -> Result<(LiveOperation, String)> {
+    pub fn image_secret(
+        &self,
+        context: &Context,
+        project: &str,
+        reference: &str,
+    ) -> Result<(LiveOperation, String)> {
         let project = self.project_of(context, project, FEATURE, Permission::ResourceEdit)?;
         let inner = self.inner();
         let image = inner.inventory.read().image(project.id, reference)?.clone();

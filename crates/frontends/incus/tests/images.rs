@@ -190,7 +190,10 @@ async fn images_come_from_servers() {
     let made = far.post(&format!("/1.0/images/{hidden}/secret"), json!({})).await;
     let secret = made.metadata()["metadata"]["secret"].as_str().unwrap().to_owned();
     let kept = far.done(made).await;
-    assert_eq!((&kept["metadata"]["fingerprint"], &kept["metadata"]["secret"]), (&json!(hidden), &json!(null)));
+    assert_eq!(
+        (&kept["metadata"]["fingerprint"], &kept["metadata"]["secret"]),
+        (&json!(hidden), &json!(null))
+    );
     let wrong = json!({"source": source(json!({"fingerprint": open, "secret": secret.replace(|c: char| c.is_ascii_digit(), "a")}))});
     here.done(publish(&here, wrong).await).await;
     let body = json!({"source": source(json!({"fingerprint": hidden, "secret": secret}))});
