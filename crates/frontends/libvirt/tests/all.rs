@@ -4,6 +4,7 @@ mod checkpoints;
 mod compare;
 mod copies;
 mod corpus;
+mod crowd;
 mod define;
 mod documents;
 mod elements;
