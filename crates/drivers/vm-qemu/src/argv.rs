@@ -182,13 +182,15 @@ pub fn argv(m: &Machine) -> Result<Vec<String>> {
     opt("-msg", "timestamp=on".into());
 
     // graphics=off is what -nographic means for the firmware: SeaBIOS then speaks on the serial port.
-    // System management mode is needed by secure boot alone and costs at every firmware call.
+    // System management mode costs at every firmware call. Secure boot needs it, and so does the screen of a q35 with SeaBIOS: that
+    // opens the mode's memory, which lies over the text of the screen and without the mode is never closed again.
+    let text = m.spec.firmware == Firmware::Bios && m.spec.display && !layout.pc;
     let on = |on: bool| if on { "on" } else { "off" };
     let features = m.spec.board.features.unwrap_or_default();
     let mut machine = format!(
         "{machine},graphics=off,usb=off,vmport=off,hpet={},dump-guest-core=off,smm={}",
         on(m.spec.board.hpet),
-        on(secure || features.tseg.is_some())
+        on(secure || text || features.tseg.is_some())
     );
     if m.spec.board.sound.contains(&Sound::Pcspk) {
         machine.push_str(&format!(",pcspk-audiodev={}", board::AUDIO));

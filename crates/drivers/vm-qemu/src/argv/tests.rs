@@ -51,6 +51,26 @@ fn a_bios_guest_under_tcg() {
 }
 
 #[test]
+fn system_management_mode_is_there_where_something_needs_it() {
+    let mode = |change: &dyn Fn(&mut Machine)| {
+        let mut m = machine();
+        (m.spec.display, m.spec.ports) = (true, 16);
+        change(&mut m);
+        lines(&m).contains(",smm=on")
+    };
+    // Text on the screen, which SeaBIOS on q35 would otherwise write beside it.
+    assert!(mode(&|_| {}));
+    assert!(!mode(&|m| m.spec.display = false));
+    assert!(!mode(&|m| m.spec.machine = "pc-i440fx-7.2".into()));
+    let uefi = |m: &mut Machine, firmware| {
+        m.spec.firmware = firmware;
+        m.firmware_code = Some("/usr/share/OVMF/OVMF_CODE_4M.fd".into());
+    };
+    assert!(!mode(&|m| uefi(m, Firmware::Uefi)));
+    assert!(mode(&|m| uefi(m, Firmware::UefiSecure)));
+}
+
+#[test]
 fn a_uefi_guest_under_kvm_on_a_block_device_behind_scsi() {
     let mut m = machine();
     m.accelerator = AcceleratorKind::Kvm;
