@@ -860,10 +860,13 @@ async fn next(news: &mut Option<broadcast::Receiver<MachineNews>>) -> MachineNew
     std::future::pending().await
 }
 
-/// A driver says "not found" of a guest that does not run; here it is known, and what fails is the state.
+/// A driver says "not found" of a guest that does not run; here it is known, and what fails is the state. What is not found of a
+/// field is something else, such as the directory inside that a proxy is to listen in.
 pub(crate) fn as_state(id: InstanceId) -> impl Fn(Error) -> Error {
     move |e| match e.kind {
-        ErrorKind::NotFound => Error::conflict(format!("instance {id} is not running")).with_context(e),
+        ErrorKind::NotFound if e.field.is_none() => {
+            Error::conflict(format!("instance {id} is not running")).with_context(e)
+        }
         _ => e,
     }
 }
@@ -876,6 +879,15 @@ pub(crate) fn has_volume(volume: VolumeId) -> impl Fn(&GuestRecord) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_is_not_found_of_a_field_is_not_the_guest() {
+        let state = as_state(InstanceId(uuid::Uuid::nil()));
+        let e = state(Error::not_found("the guest is not running"));
+        assert!(e.is(ErrorKind::Conflict) && e.message.contains("is not running"), "{e}");
+        let e = state(Error::not_found("there is no directory \"run/libvirt\"").at("devices.libvirt.listen"));
+        assert!(e.is(ErrorKind::NotFound) && e.message.contains("run/libvirt"), "{e}");
+    }
 
     #[test]
     fn what_several_machines_write_is_raw() {
