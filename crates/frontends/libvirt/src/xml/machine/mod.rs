@@ -4,6 +4,7 @@
 //! What Karst has no field for is kept as it was written ([`Opaque`]) and shown again; it never reaches QEMU. What would
 //! change what a guest is or what protects it, and that Karst does not do, is refused by the name of its element ([`kept`]).
 
+pub mod aliases;
 pub mod board;
 pub mod iotune;
 pub mod kept;

@@ -167,7 +167,7 @@ fn demand_isa(e: &Element, number: u32) -> Result<(), VirError> {
 }
 
 /// Is it a channel that every machine has, or that goes with its screen?
-fn is_own(channel: &Element) -> bool {
+pub fn is_own(channel: &Element) -> bool {
     let name = channel.find("target").and_then(|t| t.attribute("name"));
     match channel.attribute("type") {
         Some("unix") => name == Some(AGENT),

@@ -1,8 +1,8 @@
 //! From domain XML to the typed form.
 
 use super::{
-    Disk, Kernel, Machine, Nic, Opaque, Screen, Source, board, iotune, kept, number, options, pci_of, places,
-    ports, priority, processor, refuse, tuning, wrong,
+    Disk, Kernel, Machine, Nic, Opaque, Screen, Source, aliases, board, iotune, kept, number, options,
+    pci_of, places, ports, priority, processor, refuse, tuning, wrong,
 };
 use crate::{
     error::VirError,
@@ -174,6 +174,7 @@ pub fn machine(text: &str) -> Result<Machine, VirError> {
             _ => all.opaque.devices.push(e.clone()),
         }
     }
+    all.opaque.devices.iter_mut().for_each(aliases::forget);
     if !q35 && all.board.usb.len() > MOST {
         return Err(refuse("controller", format!("a machine of type pc has {MOST} of usb at most")));
     }

@@ -1,8 +1,8 @@
 //! From an instance to domain XML, with what was kept of the document that it was defined by.
 
 use super::{
-    Kernel, Opaque, ShownGuard, Source, board, iotune, kept, nodes, options, owned, parts, pci_of, places,
-    places::Places, ports, priority, processor, read, screens, target, tuning,
+    Kernel, Opaque, ShownGuard, Source, aliases, board, iotune, kept, nodes, options, owned, parts, pci_of,
+    places, places::Places, ports, priority, processor, read, screens, target, tuning,
 };
 use crate::{
     calls::domain::{METADATA, OPAQUE, TITLE},
@@ -545,6 +545,9 @@ fn devices(shown: &Shown<'_>, opaque: &Opaque, on_board: &Board) -> Result<Eleme
     tuning::show_controller(&mut devices, shown.config)?;
     parts::show_virtio(&mut devices, on_board);
     sort(&mut devices, DEVICES);
+    if live {
+        aliases::give(&mut devices);
+    }
     Ok(devices)
 }
 
