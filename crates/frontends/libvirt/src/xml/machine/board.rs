@@ -184,7 +184,7 @@ fn of_all(hugepages: &Element) -> Option<Option<ByteSize>> {
     let all = hugepages.elements().iter().find(|p| p.attribute("nodeset").is_none());
     match (hugepages.elements().is_empty(), all) {
         (true, _) => Some(None),
-        (false, all) => all.map(nodes::page),
+        (false, all) => all.and_then(nodes::page).map(Some),
     }
 }
 

@@ -87,7 +87,8 @@ const DOMAIN: &[Row] = &[
     ("bootloader", Never, "virtual machines start by their firmware"),
     ("bootloader_args", Never, "virtual machines start by their firmware"),
     ("os", Kept, ""),
-    ("idmap", Never, "is for containers"),
+    // It maps the ids of containers; no virtual machine of libvirt's has any of it either.
+    ("idmap", Kept, ""),
     ("features", Kept, ""),
     ("cpu", Kept, ""),
     ("clock", Kept, ""),
@@ -106,8 +107,8 @@ const DOMAIN: &[Row] = &[
     (
         "seclabel",
         When(|e| {
-            // Of a host without anything that confines guests by labels.
-            let none = said(e, "type") == Some("none") && said(e, "model") == Some("none");
+            // That a guest has no label, of a host that has none either: not of another that would confine it by one.
+            let none = said(e, "type") == Some("none") && is(e, "model", &["none"]);
             none || is(e, "type", &["dynamic"]) && is(e, "relabel", &["yes"])
         }),
         "how guests are confined is not said by their document",
@@ -128,8 +129,8 @@ const OS: &[Row] = &[
     ("loader", Kept, ""),
     (
         "nvram",
-        When(|e| is(e, "type", &["file"]) && e.find("source").is_none()),
-        "the variables are kept by the host",
+        When(nvram),
+        "the variables are kept by the host, whatever file is named",
     ),
     ("firmware", When(enrolled), "secure boot comes with its keys enrolled"),
     (
@@ -153,6 +154,13 @@ const OS: &[Row] = &[
     ("init", Never, "is for containers"),
     ("initarg", Never, "is for containers"),
 ];
+
+/// The name of a file, in either of the forms that libvirt has for it: a name only, as the host keeps the variables by the
+/// machine's UUID.
+fn nvram(e: &Element) -> bool {
+    let name = |s: &Element| s.elements().is_empty() && s.attributes().all(|(n, _)| n == "file");
+    is(e, "type", &["file"]) && e.all("source").all(name)
+}
 
 fn enrolled(e: &Element) -> bool {
     let has = |name: &str, enabled: &str| {

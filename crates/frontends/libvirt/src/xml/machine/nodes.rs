@@ -25,6 +25,13 @@ pub fn page(e: &Element) -> Option<ByteSize> {
     [ByteSize::mib(2), ByteSize::gib(1)].contains(&size).then_some(size)
 }
 
+/// Is it a page as all memory has them? libvirt takes it for the word that there are no huge ones.
+pub fn is_small(e: &Element) -> bool {
+    let Some(text) = e.attribute("size") else { return false };
+    let size = Element::text("page", text).with("unit", e.attribute("unit").unwrap_or("KiB"));
+    kib(&size).is_ok_and(|kib| kib == 4)
+}
+
 /// Can its huge pages be had: of one size for all, and of another for single nodes?
 pub fn is_possible(hugepages: &Element) -> bool {
     let all = hugepages.elements();
@@ -39,7 +46,8 @@ pub fn is_possible(hugepages: &Element) -> bool {
         let again = nodes.iter().any(|n| seen.contains(n));
         seen.extend(nodes);
         let known = |(name, _): (&str, &str)| matches!(name, "size" | "unit" | "nodeset");
-        !again && p.name() == "page" && p.attributes().all(known) && page(p).is_some()
+        let small = p.attribute("nodeset").is_none() && is_small(p);
+        !again && p.name() == "page" && p.attributes().all(known) && (small || page(p).is_some())
     };
     whole <= 1 && all.iter().all(good)
 }
@@ -306,6 +314,10 @@ mod tests {
         ] {
             assert!(!is_possible(backing(bad).find("hugepages").unwrap()), "{bad}");
         }
+        // Pages as all memory has them are none that are huge.
+        let usual = backing("<page size='4' unit='KiB'/><page size='2048' nodeset='1'/>");
+        assert!(is_possible(usual.find("hugepages").unwrap()));
+        assert_eq!(pages(&usual), [(1, small)]);
         assert_eq!(
             memory(&[(1, small)], &[(0, true), (1, false)]),
             [

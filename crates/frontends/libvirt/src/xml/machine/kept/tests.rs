@@ -52,7 +52,14 @@ const SAMPLES: &[(&str, &str, &str, &str)] = &[
         "<seclabel type='dynamic' model='dac' relabel='yes'/>",
         "<seclabel type='none' model='apparmor'/>",
     ),
+    ("domain", "seclabel", "<seclabel type='none'/>", "<seclabel type='static' relabel='no'/>"),
     ("os", "nvram", "<nvram template='/x'>/y</nvram>", "<nvram type='network'/>"),
+    (
+        "os",
+        "nvram",
+        "<nvram type='file'><source file='/y'/></nvram>",
+        "<nvram type='file'><source file='/y'><seclabel model='dac'/></source></nvram>",
+    ),
     (
         "os",
         "firmware",
