@@ -6,6 +6,7 @@
 
 mod nodes;
 mod parts;
+mod placement;
 pub(crate) mod text;
 
 use crate::{
@@ -15,6 +16,7 @@ use crate::{
 };
 pub use nodes::{CellMemory, Distance, HostNodes, Module, NODE_POLICIES, NodePolicy, Slots};
 pub use parts::{Features, Iommu, IommuModel, Rng};
+pub use placement::Placement;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 
@@ -41,6 +43,12 @@ pub struct Board {
     /// `hardware.numa.host`, by node.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub numa_host: Vec<(u32, HostNodes)>,
+    /// `hardware.numa.placement`.
+    #[serde(skip_serializing_if = "Placement::is_none")]
+    pub placement: Placement,
+    /// `hardware.numa.policy`: how memory without a place of its own keeps to the nodes that it has; it is bound to them.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub numa_policy: Option<NodePolicy>,
     /// `hardware.numa.distances`: those that are not usual.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub numa_distances: Vec<Distance>,
@@ -598,6 +606,11 @@ impl Board {
             numa: set(config, NUMA).map(cells).transpose()?.unwrap_or_default(),
             numa_memory: set(config, nodes::CELLS).map(nodes::cells).transpose()?.unwrap_or_default(),
             numa_host: set(config, nodes::HOST).map(nodes::host).transpose()?.unwrap_or_default(),
+            placement: set(config, placement::PLACEMENT)
+                .map(Placement::parse)
+                .transpose()?
+                .unwrap_or_default(),
+            numa_policy: set(config, placement::POLICY).map(placement::policy).transpose()?.flatten(),
             numa_distances: set(config, nodes::DISTANCES)
                 .map(nodes::distances)
                 .transpose()?
@@ -631,6 +644,7 @@ impl Board {
                 .transpose()?,
         };
         board.demand_sense()?;
+        placement::demand_sense(config, board.placement, board.numa_policy)?;
         Ok(board)
     }
 
@@ -744,6 +758,8 @@ impl Board {
             (nodes::DISTANCES, nodes::distances_text(&self.numa_distances)),
             (nodes::HOST, nodes::host_text(&self.numa_host)),
             (nodes::CELLS, nodes::cells_text(&self.numa_memory)),
+            (placement::PLACEMENT, self.placement.text()),
+            (placement::POLICY, self.numa_policy.map(|p| p.as_str().to_owned())),
             (PANIC, flag(self.panic)),
             (parts::RNG, parts::rngs_text(&self.rngs)),
             (

@@ -223,6 +223,22 @@ pub const INSTANCE_KEYS: &[Key] = &[
     key("hardware.numa.host", Text, VirtualMachine, "", false, of_board::HOST),
     key("hardware.numa.memory", Text, VirtualMachine, "", false, of_board::CELLS),
     key(
+        "hardware.numa.placement",
+        OneOf(&["both", "cpu", "memory"]),
+        VirtualMachine,
+        "",
+        false,
+        of_board::PLACEMENT,
+    ),
+    key(
+        "hardware.numa.policy",
+        OneOf(&["bind", "interleave", "preferred"]),
+        VirtualMachine,
+        "bind",
+        false,
+        of_board::POLICY,
+    ),
+    key(
         "hardware.panic",
         Bool,
         VirtualMachine,

@@ -203,9 +203,9 @@ pub fn argv(m: &Machine) -> Result<Vec<String>> {
         if memory.unmerged {
             machine.push_str(",mem-merge=off");
         }
-        if m.spec.board.numa.is_empty() {
-            machine.push_str(&format!(",memory-backend={}", board::MEMORY));
-        }
+    }
+    if board::has_backend(&with_memory) {
+        machine.push_str(&format!(",memory-backend={}", board::MEMORY));
     }
     if m.firmware_code.is_some() {
         machine.push_str(",pflash0=firmware-code,pflash1=firmware-vars");

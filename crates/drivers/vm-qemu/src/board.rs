@@ -200,14 +200,22 @@ pub fn private(board: &Board) -> Option<&'static str> {
     board.modules.iter().any(|m| alone(&m.memory)).then_some("hardware.memory.modules")
 }
 
+/// Is all memory of a machine without nodes of its own had in a way of its own?
+pub fn has_backend(board: &Board) -> bool {
+    board.numa.is_empty() && (board.memory.is_some() || !board.numa_host.is_empty())
+}
+
 /// Nodes of memory, or all of it where the host is to have it in a way of its own.
 ///
 /// # Errors
 /// Invalid when they are not the machine's memory.
 pub fn memory(board: &Board, memory: u64) -> Result<Vec<Argument>> {
     let cells = &board.numa;
-    if cells.is_empty() && board.memory.is_some() {
-        let object = backend(board.memory.as_ref(), MEMORY, memory);
+    if cells.is_empty() && has_backend(board) {
+        let mut object = backend(board.memory.as_ref(), MEMORY, memory);
+        if let Some(host) = of_node(&board.numa_host, 0) {
+            keep_to(&mut object, host);
+        }
         return Ok(vec![("-object", object.to_string())]);
     }
     let all = cells.iter().fold(0u64, |all, c| all.saturating_add(c.memory.bytes()));

@@ -8,7 +8,9 @@ use crate::{
     inside::Inside,
     launch::{self, Groups, explain, limits, prepare},
     machine::{Ask, Machine, Tell, Tells, exit_reason, own, seen},
-    memory_files, monitor, plug, ports, probe,
+    memory_files, monitor,
+    placement::Placed,
+    plug, ports, probe,
     qmp::Qmp,
     record::Record,
     resize, saved, states, still, threads, threshold, tpm, virtiofs,
@@ -342,6 +344,7 @@ impl Shared {
             }
         }
         let mut record = Record::new(guest);
+        record.placed = Placed::of(guest, record.memory, record.cpus);
         record.virtiofs = virtiofs::choose(guest, &record.directories).await?;
         record.spice = guest.machine.as_ref().is_some_and(|m| m.spice && m.display) && probe::spice();
         let paused = guest.machine.as_ref().is_some_and(|m| m.paused);
@@ -435,7 +438,7 @@ impl Shared {
                     None => {}
                 }
                 plug::before_first(&qmp, guest).await?;
-                self.place(&qmp, &keeper, guest, groups).await?;
+                self.place(&qmp, &keeper, guest, groups, &record.placed).await?;
                 if !paused {
                     saved::discard(dir)?;
                     qmp.execute("cont", json!({})).await?;
@@ -476,14 +479,21 @@ impl Shared {
     }
 
     /// Puts the threads of a QEMU that begins where they are pinned.
-    async fn place(&self, qmp: &Qmp, keeper: &Keeper, guest: &ResolvedGuest, groups: &Groups) -> Result<()> {
+    async fn place(
+        &self,
+        qmp: &Qmp,
+        keeper: &Keeper,
+        guest: &ResolvedGuest,
+        groups: &Groups,
+        placed: &Placed,
+    ) -> Result<()> {
         let pins = &guest.limits.pins;
         if pins.is_empty() {
             return Ok(());
         }
         let pid = keeper.status().await?.pid;
         let pid = pid.ok_or_else(|| Error::unavailable("QEMU ended while it started"))?;
-        let all = threads::cpus(&limits(guest)?, &self.cgroups, &groups.machine);
+        let all = threads::cpus(&limits(guest, placed)?, &self.cgroups, &groups.machine);
         threads::place(qmp, pid, pins, &all).await
     }
 
@@ -592,8 +602,8 @@ impl Shared {
 }
 
 /// Limits of a machine that runs with so much memory, be it that a part of it is the balloon's: what would be its end waits.
-fn live_limits(guest: &ResolvedGuest, memory: u64) -> Result<(CgroupLimits, Vec<String>)> {
-    let mut limits = limits(guest)?;
+fn live_limits(guest: &ResolvedGuest, memory: u64, placed: &Placed) -> Result<(CgroupLimits, Vec<String>)> {
+    let mut limits = limits(guest, placed)?;
     let least = memory.saturating_add(BESIDE.bytes());
     if limits.memory.is_some_and(|hard| hard < least) {
         limits.memory = Some(least);
@@ -671,7 +681,11 @@ impl GuestDriver for QemuDriver {
         let slot = self.shared.slot(guest.instance);
         let _changing = slot.changing.lock().await;
         let groups = Groups::of(&guest.daemon_id, guest.instance);
-        let (limits, mut pending) = live_limits(guest, machine.record().memory)?;
+        let (memory, placed) = {
+            let record = machine.record();
+            (record.memory, record.placed.clone())
+        };
+        let (limits, mut pending) = live_limits(guest, memory, &placed)?;
         let cpus = threads::cpus(&limits, &self.shared.cgroups, &groups.machine);
         threads::demand(&guest.limits.pins, &cpus)?;
         let new = Record::new(guest);

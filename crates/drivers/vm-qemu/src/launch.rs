@@ -4,7 +4,9 @@
 use crate::{
     argv::{Machine, argv, fd},
     devices::{Disk, Layout, Nic},
-    directories, ports,
+    directories,
+    placement::Placed,
+    ports,
     probe::kvm_group,
     record::Record,
     seed, share, threads,
@@ -87,9 +89,10 @@ impl Groups {
 ///
 /// # Errors
 /// Invalid for a NUMA node that this host does not have.
-pub(crate) fn limits(guest: &ResolvedGuest) -> Result<CgroupLimits> {
+pub(crate) fn limits(guest: &ResolvedGuest, placed: &Placed) -> Result<CgroupLimits> {
+    let cpu_nodes = guest.limits.cpu_nodes.as_ref().or(placed.cpu.as_ref());
     Ok(CgroupLimits {
-        cpus: match (&guest.limits.cpu, &guest.limits.cpu_nodes) {
+        cpus: match (&guest.limits.cpu, cpu_nodes) {
             (Some(CpuLimit::Set { cpus }), _) => Some(cpus.clone()),
             (_, Some(nodes)) => Some(karst_host::numa::cpus_of(nodes)?),
             _ => None,
@@ -103,7 +106,7 @@ pub(crate) fn limits(guest: &ResolvedGuest) -> Result<CgroupLimits> {
             _ => None,
         },
         cpu_shares: guest.limits.cpu_shares,
-        nodes: guest.limits.memory_nodes.clone(),
+        nodes: placed.limit(guest),
         memory: guest.limits.memory_hard.map(|m| m.bytes()),
         memory_high: guest.limits.memory_high.map(|m| m.bytes()),
         swap: match guest.limits.swap {
@@ -345,13 +348,14 @@ pub(crate) fn prepare(
     groups: &Groups,
     cgroups: &Cgroups,
 ) -> Result<(Spec, Vec<OwnedFd>)> {
-    let spec = guest
+    let mut spec = guest
         .machine
         .clone()
         .ok_or_else(|| Error::invalid("hardware", "a virtual machine needs its hardware described"))?;
     if guest.ids.base == 0 {
         return Err(Error::internal("the guest could not be started", "QEMU would run as root"));
     }
+    spec.board = record.placed.spread(spec.board);
     let code = firmware(spec.firmware);
     let layout = Layout::of(&spec.machine, spec.ports)?;
     let (mut fds, mut disks) = (vec![], vec![]);
@@ -422,7 +426,7 @@ pub(crate) fn prepare(
     for (i, n) in guest.nics.iter().enumerate().filter(|(_, n)| n.link != ResolvedLink::User {}) {
         fds.push((fd::NIC + i as i32, open_tap(&guest.state_dir, n)?));
     }
-    let limits = limits(guest)?;
+    let limits = limits(guest, &record.placed)?;
     cgroups.create(&groups.machine)?;
     cgroups.limit(&groups.machine, &limits)?;
     threads::demand(&guest.limits.pins, &threads::cpus(&limits, cgroups, &groups.machine))?;

@@ -33,6 +33,7 @@ mod memory_files;
 mod monitor;
 mod news;
 mod owners;
+mod placement;
 mod plug;
 mod ports;
 pub mod probe;

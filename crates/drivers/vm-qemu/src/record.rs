@@ -3,6 +3,7 @@
 use crate::{
     argv::{DEFAULT_MEMORY, cpu_count},
     directories::{self, Directory},
+    placement::Placed,
     resize::most_cpus,
 };
 use karst_guest::{IdRange, ResolvedDisk, ResolvedGuest, ResolvedNic};
@@ -83,6 +84,12 @@ pub(crate) struct Record {
     /// Where its threads run.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub(crate) pins: Vec<Pin>,
+    /// Nodes of the host for its memory, as limits said them at its start.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) memory_nodes: Option<Vec<u32>>,
+    /// Nodes of the host that were found for it.
+    #[serde(default)]
+    pub(crate) placed: Placed,
     pub(crate) root: PathBuf,
     pub(crate) nics: Vec<Nic>,
     #[serde(default)]
@@ -155,6 +162,8 @@ impl Record {
             balloon: None,
             cpu: guest.limits.cpu.clone(),
             pins: guest.limits.pins.clone(),
+            memory_nodes: guest.limits.memory_nodes.clone(),
+            placed: Placed::default(),
             root: guest.root.path.clone(),
             nics: guest
                 .nics
@@ -186,6 +195,7 @@ impl Record {
     pub(crate) fn pending(&self, new: &Record) -> Vec<String> {
         let shared = directories::pending(&self.directories, &new.directories, &self.virtiofs);
         let mut pending = Vec::from_iter(shared);
+        let elsewhere = self.memory_nodes != new.memory_nodes;
         if let (Some(now), Some(new)) = (&self.hardware, &new.hardware) {
             let changes = [
                 ("devices.tpm", now.tpm != new.tpm),
@@ -198,6 +208,8 @@ impl Record {
                 ("hardware.balloon", now.balloon != new.balloon),
                 ("smbios11", now.strings != new.strings),
                 (SCSI_IOTHREAD, now.scsi_iothread != new.scsi_iothread),
+                // QEMU has spread it over them; nothing is moved.
+                ("limits.memory.nodes", now.board.numa_policy.is_some() && elsewhere),
             ];
             pending.extend(crate::ports::pending(&now.lines, &new.lines));
             pending.extend(now.screen.differences(&new.screen).into_iter().map(str::to_owned));

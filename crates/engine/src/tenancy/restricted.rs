@@ -25,6 +25,8 @@ const MACHINE_LOWLEVEL: &[&str] = &[
     "hardware.memory",
     "hardware.numa.host",
     "hardware.numa.memory",
+    "hardware.numa.placement",
+    "hardware.numa.policy",
     "limits.cpu.shares",
     "limits.memory.hugepages",
     "limits.memory.nodes",

@@ -1,5 +1,6 @@
 //! All integration tests of this crate in one program: linking one for each file takes longer than running them, and each
 //! would hold the whole daemon again. A file that is not named here does not run; `cargo xtask tidy` refuses it.
+mod causes;
 mod checkpoints;
 mod compare;
 mod copies;

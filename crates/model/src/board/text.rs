@@ -26,6 +26,10 @@ pub const HOST: &str = "Nodes of the host on which those of the machine are, by 
 /// `hardware.numa.memory`.
 pub const CELLS: &str = "How the memory of single nodes is had of the host, where not as hardware.memory says: \
     0=shared;1=private+hugepages=2MiB.";
+/// `hardware.numa.placement`.
+pub const PLACEMENT: &str = "What the host chooses its own nodes for at each start, those with the most free memory: cpu, memory or both.";
+/// `hardware.numa.policy`.
+pub const POLICY: &str = "How memory keeps to the nodes of limits.memory.nodes, or to those that are chosen: bind, preferred or interleave.";
 /// `hardware.rng`.
 pub const RNG: &str = "Where random numbers come from, each plain, or of rate=BYTES/MILLISECONDS, iommu, ats, packed, \
     page-per-queue, as in plain,rate=1024/1000+iommu.";

@@ -27,7 +27,9 @@ use crate::{
 };
 use karst_engine::InstanceView;
 use karst_model::{
-    Config, keys,
+    Config,
+    board::{Board, NodePolicy},
+    keys,
     spec::{CpuAllowance, Limits},
 };
 
@@ -406,7 +408,17 @@ pub async fn set_disks(call: Call) -> Answered {
 pub async fn nodes(call: Call) -> Answered {
     let (config, wanted) = asked_for(&call)?;
     let nodes = limits_of(&config)?.memory_nodes.as_deref().map(ranges).unwrap_or_default();
-    parameters(vec![("numa_mode", Typed::Int(0)), ("numa_nodeset", Typed::Text(nodes))], wanted)
+    let mode = numa_mode(Board::of(&config)?.numa_policy);
+    parameters(vec![("numa_mode", Typed::Int(mode)), ("numa_nodeset", Typed::Text(nodes))], wanted)
+}
+
+/// libvirt's number of a mode.
+fn numa_mode(policy: Option<NodePolicy>) -> i32 {
+    match policy {
+        None | Some(NodePolicy::Bind) => 0,
+        Some(NodePolicy::Preferred) => 1,
+        Some(NodePolicy::Interleave) => 2,
+    }
 }
 
 /// `DOMAIN_SET_NUMA_PARAMETERS`
@@ -420,6 +432,13 @@ pub async fn set_nodes(call: Call) -> Answered {
     let mut keys = vec![];
     for (field, value) in &all {
         match (field.as_str(), value) {
+            // As it is.
+            ("numa_mode", Typed::Int(mode))
+                if *mode == numa_mode(Board::of(config_of(&view, flags)?)?.numa_policy) => {}
+            ("numa_mode", Typed::Int(_)) if Board::of(config_of(&view, flags)?)?.numa_policy.is_some() => {
+                let text = "memory is spread as the domain's document says it, from one start to the next";
+                return Err(refuse("numatune mode", text));
+            }
             ("numa_mode", Typed::Int(mode)) => {
                 let modes = ["strict", "preferred", "interleave", "restrictive"];
                 let mode = usize::try_from(*mode).ok().and_then(|n| modes.get(n)).copied();

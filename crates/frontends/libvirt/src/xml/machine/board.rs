@@ -2,7 +2,7 @@
 //! screens, a watchdog, what tells of a panic, the layout of processors and memory. What it says in a way that QEMU is not told
 //! is refused by name.
 
-use super::{nodes, parts, refuse, wrong};
+use super::{nodes, parts, refuse, tuning, wrong};
 use crate::{error::VirError, xml::Element};
 use karst_model::{
     ByteSize,
@@ -41,7 +41,10 @@ pub fn read(root: &Element, cpus: u32) -> Result<Board, VirError> {
     board.numa_memory = nodes::memory(&backed.map(nodes::pages).unwrap_or_default(), &cells.shared);
     board.numa_distances = cells.distances;
     board.slots = root.find("maxMemory").map(nodes::slots).transpose()?;
-    board.numa_host = root.find("numatune").map(nodes::host).transpose()?.unwrap_or_default();
+    let numatune = root.find("numatune");
+    board.numa_host = numatune.map(nodes::host).transpose()?.unwrap_or_default();
+    board.placement = nodes::placement(root.find("vcpu"), numatune)?;
+    board.numa_policy = numatune.map(nodes::policy).transpose()?.flatten();
     let said = root.find("features").map(parts::features).transpose()?.unwrap_or_default();
     let others = board.features.unwrap_or_default();
     let features = Features { hyper_v_panic: others.hyper_v_panic, tpm_tis: others.tpm_tis, ..said };
@@ -141,8 +144,11 @@ pub fn hpet(clock: &Element) -> bool {
 
 /// What does not fit together is told in the words of the keys otherwise.
 fn demand_sense(board: &Board) -> Result<(), VirError> {
+    // The nodes that its memory is spread over are said by a limit.
+    let spread = board.numa_policy.is_some() && !board.placement.memory;
+    let nodes = spread.then(|| (tuning::NODES.to_owned(), "0".to_owned()));
     let config = board.keys().into_iter().filter_map(|(key, value)| Some((key.to_owned(), value?)));
-    Board::of(&config.collect()).map(drop).map_err(|e| {
+    Board::of(&config.chain(nodes).collect()).map(drop).map_err(|e| {
         let of = e.field.as_deref().unwrap_or_default();
         let element = [
             ("numa.host", "numatune memnode"),

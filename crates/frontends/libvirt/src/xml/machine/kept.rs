@@ -62,7 +62,7 @@ const DOMAIN: &[Row] = &[
     ("currentMemory", Kept, ""),
     // What is in these, and in modules, is looked at by `nodes`.
     ("maxMemory", Kept, ""),
-    ("vcpu", When(|e| is(e, "placement", &["static"])), "placement is static"),
+    ("vcpu", When(|e| is(e, "placement", &["static", "auto"])), "placement is static or auto"),
     ("vcpus", Never, "processors are plugged in order; say vcpu current"),
     ("iothreads", Kept, ""),
     ("iothreadids", Kept, ""),
@@ -127,11 +127,7 @@ const OS: &[Row] = &[
     ("type", Kept, ""),
     ("@firmware", Kept, ""),
     ("loader", Kept, ""),
-    (
-        "nvram",
-        When(nvram),
-        "the variables are kept by the host, whatever file is named",
-    ),
+    ("nvram", When(nvram), "the variables are kept by the host, whatever file is named"),
     ("firmware", When(enrolled), "secure boot comes with its keys enrolled"),
     (
         "boot",

@@ -9,7 +9,9 @@ use crate::{
 };
 use karst_model::{
     ByteSize,
-    board::{Board, CellMemory, Distance, HostNodes, Module, NodePolicy, Slots, parse_ranges, ranges},
+    board::{
+        Board, CellMemory, Distance, HostNodes, Module, NodePolicy, Placement, Slots, parse_ranges, ranges,
+    },
 };
 use std::collections::BTreeMap;
 
@@ -149,6 +151,38 @@ pub fn show_cell(cell: &mut Element, node: u32, board: &Board) {
     }
 }
 
+/// How a `<numatune>` wants the memory of a machine to keep to its nodes of the host; `None`: to no others.
+///
+/// # Errors
+/// CONFIG_UNSUPPORTED, naming the mode.
+pub fn policy(numatune: &Element) -> Result<Option<NodePolicy>, VirError> {
+    match numatune.find("memory").and_then(|m| m.attribute("mode")).unwrap_or("strict") {
+        "strict" | "restrictive" => Ok(None),
+        "interleave" => Ok(Some(NodePolicy::Interleave)),
+        "preferred" => Ok(Some(NodePolicy::Preferred)),
+        other => Err(refuse("numatune mode", format!("'{other}' is not there"))),
+    }
+}
+
+/// What a `<vcpu>` and a `<numatune>` leave to the host to choose: `placement='auto'`. Each of them means it too where it says nothing
+/// and the other does, as libvirt has it.
+///
+/// # Errors
+/// XML error for memory that is placed nowhere.
+pub fn placement(vcpu: Option<&Element>, numatune: Option<&Element>) -> Result<Placement, VirError> {
+    let memory = numatune.and_then(|n| n.find("memory"));
+    let said = |e: Option<&Element>| e.and_then(|e| e.attribute("placement")).map(|word| word == "auto");
+    let has = |e: Option<&Element>, name: &str| e.is_some_and(|e| e.attribute(name).is_some());
+    let set = has(memory, "nodeset");
+    let of_memory = said(memory).or(set.then_some(false));
+    let cpu = said(vcpu).unwrap_or(of_memory == Some(true) && !has(vcpu, "cpuset"));
+    let of_memory = of_memory.unwrap_or(cpu);
+    match memory.is_some() && !of_memory && !set {
+        true => Err(wrong("nodeset for NUMA memory tuning must be set if 'placement' is 'static'")),
+        false => Ok(Placement { cpu, memory: of_memory }),
+    }
+}
+
 /// Where a `<numatune>` wants single nodes.
 ///
 /// # Errors
@@ -157,12 +191,13 @@ pub fn host(numatune: &Element) -> Result<Vec<(u32, HostNodes)>, VirError> {
     let mut all = vec![];
     for e in numatune.all("memnode") {
         let policy = match e.attribute("mode").unwrap_or("strict") {
-            "strict" => NodePolicy::Bind,
+            "strict" | "restrictive" => NodePolicy::Bind,
             "preferred" => NodePolicy::Preferred,
             "interleave" => NodePolicy::Interleave,
             other => {
-                let text =
-                    format!("'{other}' is not there for single nodes; strict, preferred and interleave are");
+                let text = format!(
+                    "'{other}' is not there for single nodes; strict, restrictive, preferred and interleave are"
+                );
                 return Err(refuse("numatune memnode", text));
             }
         };
@@ -294,6 +329,31 @@ mod tests {
     use crate::xml::read::document;
 
     #[test]
+    fn what_is_left_to_the_host_is_said_by_either_element() {
+        let of = |vcpu: &str, memory: &str| {
+            let root = document(&format!("<domain>{vcpu}<numatune>{memory}</numatune></domain>")).unwrap();
+            let found = placement(root.find("vcpu"), root.find("numatune")).map_err(|e| e.text)?;
+            Ok::<_, String>((found.cpu, found.memory))
+        };
+        let (auto, fixed) = ("<vcpu placement='auto'>2</vcpu>", "<vcpu placement='static'>2</vcpu>");
+        for (vcpu, memory, wanted) in [
+            ("<vcpu>2</vcpu>", "", (false, false)),
+            (auto, "", (true, true)),
+            (auto, "<memory mode='preferred'/>", (true, true)),
+            (auto, "<memory nodeset='0'/>", (true, false)),
+            (fixed, "<memory placement='auto'/>", (false, true)),
+            (fixed, "<memory placement='auto' nodeset='3'/>", (false, true)),
+            ("<vcpu>2</vcpu>", "<memory placement='auto'/>", (true, true)),
+            ("<vcpu cpuset='0-1'>2</vcpu>", "<memory placement='auto'/>", (false, true)),
+        ] {
+            assert_eq!(of(vcpu, memory), Ok(wanted), "{vcpu}{memory}");
+        }
+        for memory in ["<memory/>", "<memory placement='static'/>"] {
+            assert!(of(fixed, memory).unwrap_err().contains("nodeset"), "{memory}");
+        }
+    }
+
+    #[test]
     fn pages_of_single_nodes() {
         let backing = |text: &str| {
             document(&format!("<memoryBacking><hugepages>{text}</hugepages></memoryBacking>")).unwrap()
@@ -381,7 +441,7 @@ mod tests {
         assert_eq!(found[1].1.nodes, [(1, 2), (5, 5), (7, 7)]);
         assert_eq!(host(&Element::new("numatune").children(shown_host(&found))).unwrap(), found);
         for bad in [
-            "<memnode cellid='0' mode='restrictive' nodeset='0'/>",
+            "<memnode cellid='0' mode='near' nodeset='0'/>",
             "<memnode cellid='0' nodeset='x'/>",
             "<memnode nodeset='0'/>",
             "<memnode cellid='0' nodeset='0'/><memnode cellid='0' nodeset='1'/>",

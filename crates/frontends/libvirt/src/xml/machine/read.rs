@@ -317,7 +317,9 @@ pub fn vcpu(e: &Element) -> Result<(u32, Option<String>), VirError> {
             .filter(|n| (1..=most).contains(n))
             .ok_or_else(|| wrong(format!("current vcpus '{n}' must be 1 to {most}")))?,
     };
-    let pinned = e.attribute("cpuset").map(|text| -> Result<String, VirError> {
+    // The host chooses them: what the document names beside counts for nothing, as with libvirt.
+    let named = e.attribute("cpuset").filter(|_| e.attribute("placement") != Some("auto"));
+    let pinned = named.map(|text| -> Result<String, VirError> {
         let set = tuning::set(text).ok_or_else(|| wrong(format!("Invalid value '{text}' of vcpu cpuset")))?;
         Ok(ranges(&set))
     });

@@ -256,11 +256,19 @@ fn numatune(e: &Element, all: &mut Tuning) -> Result<(), VirError> {
             "memnode" => continue,
             other => return Err(refuse(&format!("numatune {other}"), "is not known")),
         }
-        if let Some(other) = part.attribute("placement").filter(|p| *p != "static") {
-            return Err(refuse("numatune placement", format!("'{other}' is not there; static is")));
-        }
-        demand_mode(part.attribute("mode").unwrap_or("strict"))?;
-        all.nodes = Some(demand_set(part, "nodeset")?);
+        nodes::policy(e)?;
+        // Whether one that names none leaves it to the host is said by the processors too: [`nodes::placement`].
+        let named = match part.attribute("placement") {
+            None | Some("static") => part.attribute("nodeset"),
+            Some("auto") => None,
+            Some(other) => {
+                return Err(refuse(
+                    "numatune placement",
+                    format!("'{other}' is not there; static and auto are"),
+                ));
+            }
+        };
+        all.nodes = named.map(|_| demand_set(part, "nodeset")).transpose()?;
     }
     Ok(())
 }
@@ -542,16 +550,23 @@ pub fn show(e: &mut Element, config: &Config, board: &Board, kept: &[Element]) -
     // The mode that it was said with, of those that mean the same.
     let mut same = Tuning::default();
     let written = kept.iter().find(|k| k.name() == "numatune" && numatune(k, &mut same).is_ok());
+    let vcpu = kept.iter().find(|k| k.name() == "vcpu");
     let holds = |written: &&Element| {
-        same.nodes == all.nodes && nodes::host(written).is_ok_and(|host| host == board.numa_host)
+        same.nodes == all.nodes
+            && nodes::host(written).is_ok_and(|host| host == board.numa_host)
+            && nodes::policy(written).is_ok_and(|policy| policy == board.numa_policy)
+            && nodes::placement(vcpu, Some(written)).is_ok_and(|p| p.memory == board.placement.memory)
     };
     match written.filter(holds) {
         Some(written) => e.push(written.clone()),
         None => {
-            let memory = all
-                .nodes
-                .as_deref()
-                .map(|nodes| Element::new("memory").with("mode", "strict").with("nodeset", ranges(nodes)));
+            let mode = board.numa_policy.map_or("strict", |policy| policy.as_str());
+            let memory = || Element::new("memory").with("mode", mode);
+            let memory = match (&all.nodes, board.placement.memory) {
+                (Some(nodes), _) => Some(memory().with("nodeset", ranges(nodes))),
+                (None, true) => Some(memory().with("placement", "auto")),
+                (None, false) => None,
+            };
             section(e, "numatune", memory.into_iter().chain(nodes::shown_host(&board.numa_host)).collect());
         }
     }
@@ -713,17 +728,17 @@ mod tests {
                 "blkiotune device",
             ),
             (
-                "<numatune><memory mode='interleave' nodeset='0'/></numatune>",
+                "<numatune><memory mode='near' nodeset='0'/></numatune>",
                 Code::ConfigUnsupported,
                 "numatune mode",
             ),
             (
-                "<numatune><memnode cellid='0' mode='restrictive' nodeset='0'/></numatune>",
+                "<numatune><memnode cellid='0' mode='near' nodeset='0'/></numatune>",
                 Code::ConfigUnsupported,
                 "numatune memnode",
             ),
             (
-                "<numatune><memory placement='auto'/></numatune>",
+                "<numatune><memory placement='near'/></numatune>",
                 Code::ConfigUnsupported,
                 "numatune placement",
             ),

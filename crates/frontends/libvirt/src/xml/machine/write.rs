@@ -198,7 +198,8 @@ pub fn document(shown: &Shown<'_>) -> Result<String, VirError> {
     e.push(Element::text("memory", shown.memory).with("unit", "KiB"));
     e.push(Element::text("currentMemory", shown.memory).with("unit", "KiB"));
     let pinned = shown.pinned.as_ref();
-    e.push(Element::text("vcpu", shown.cpus).with("placement", "static").with_some("cpuset", pinned));
+    let placement = if on_board.placement.cpu { "auto" } else { "static" };
+    e.push(Element::text("vcpu", shown.cpus).with("placement", placement).with_some("cpuset", pinned));
     tuning::show(&mut e, shown.config, &on_board, &opaque.domain)?;
     let mut os = system(shown, &opaque);
     menu(&mut os, shown.config, &on_board)?;
@@ -232,7 +233,15 @@ pub fn document(shown: &Shown<'_>) -> Result<String, VirError> {
     for kept in &opaque.domain {
         let still = match kept.name() {
             "os" => continue,
-            "vcpu" => read::vcpu(kept).is_ok_and(|(n, set)| n == shown.cpus && set == shown.pinned),
+            "vcpu" => {
+                let same = read::vcpu(kept).is_ok_and(|(n, set)| n == shown.cpus && set == shown.pinned);
+                let chosen = kept.attribute("placement").map_or(
+                    // Without a word it would go by what is said of memory.
+                    on_board.placement.memory && !on_board.placement.cpu && shown.pinned.is_none(),
+                    |word| word == "auto",
+                );
+                same && chosen == on_board.placement.cpu
+            }
             "currentMemory" => false,
             // Shown already, as the keys say.
             name if tuning::ELEMENTS.contains(&name) => false,

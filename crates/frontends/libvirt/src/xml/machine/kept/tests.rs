@@ -18,7 +18,7 @@ const TABLES: &[(&str, &[Row])] = &[
 /// that has it.
 const SAMPLES: &[(&str, &str, &str, &str)] = &[
     ("domain", "memory", "<memory unit='MiB' dumpCore='off'>1</memory>", "<memory dumpCore='on'>1</memory>"),
-    ("domain", "vcpu", "<vcpu placement='static'>1</vcpu>", "<vcpu placement='auto'>1</vcpu>"),
+    ("domain", "vcpu", "<vcpu placement='auto'>1</vcpu>", "<vcpu placement='near'>1</vcpu>"),
     (
         "domain",
         "memoryBacking",
