@@ -4,9 +4,30 @@
 //! Each key has one form in text, which [`Board::keys`] writes and [`Board::of`] reads. Where a device is follows from its place in
 //! its list, so that a machine keeps its addresses for as long as its keys stay.
 
+macro_rules! words {
+    ($(#[$doc:meta])* $name:ident, $table:ident { $($(#[$of:meta])* $variant:ident = $word:literal),* $(,)? }) => {
+        $(#[$doc])*
+        #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+        pub enum $name {
+            $($(#[$of])* #[serde(rename = $word)] $variant,)*
+        }
+
+        /// Names as users write them.
+        pub const $table: &[(&str, $name)] = &[$(($word, $name::$variant)),*];
+
+        impl $name {
+            /// Its name as users write it.
+            pub fn as_str(self) -> &'static str {
+                match self { $(Self::$variant => $word,)* }
+            }
+        }
+    };
+}
+
 mod nodes;
 mod parts;
 mod placement;
+mod scsi;
 pub(crate) mod text;
 
 use crate::{
@@ -17,6 +38,7 @@ use crate::{
 pub use nodes::{CellMemory, Distance, HostNodes, Module, NODE_POLICIES, NodePolicy, Slots};
 pub use parts::{Features, Iommu, IommuModel, Rng};
 pub use placement::Placement;
+pub use scsi::{MOST_SCSI, SCSI_MODELS, ScsiController, ScsiModel, without_usual};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 
@@ -76,6 +98,9 @@ pub struct Board {
     /// `hardware.virtio`: options of devices of virtio that each machine has, and of its input devices.
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     pub virtio: BTreeMap<String, Virtio>,
+    /// `hardware.scsi`: controllers of SCSI; without any it has one of virtio.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub scsi: Vec<ScsiController>,
     /// `hardware.memory`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub memory: Option<Memory>,
@@ -223,26 +248,6 @@ impl Memory {
         ];
         words.into_iter().filter(|(on, _)| *on).map(|(_, word)| word).collect::<Vec<_>>().join(",")
     }
-}
-
-macro_rules! words {
-    ($(#[$doc:meta])* $name:ident, $table:ident { $($(#[$of:meta])* $variant:ident = $word:literal),* $(,)? }) => {
-        $(#[$doc])*
-        #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
-        pub enum $name {
-            $($(#[$of])* #[serde(rename = $word)] $variant,)*
-        }
-
-        /// Names as users write them.
-        pub const $table: &[(&str, $name)] = &[$(($word, $name::$variant)),*];
-
-        impl $name {
-            /// Its name as users write it.
-            pub fn as_str(self) -> &'static str {
-                match self { $(Self::$variant => $word,)* }
-            }
-        }
-    };
 }
 
 words!(
@@ -623,6 +628,7 @@ impl Board {
             iommu: set(config, parts::IOMMU).map(Iommu::parse).transpose()?,
             rngs: set(config, parts::RNG).map(parts::rngs).transpose()?.unwrap_or_default(),
             virtio: set(config, parts::VIRTIO).map(parts::virtio).transpose()?.unwrap_or_default(),
+            scsi: set(config, scsi::SCSI).map(scsi::controllers).transpose()?.unwrap_or_default(),
             memory: set(config, MEMORY).map(Memory::parse).transpose()?,
             usb: list(config, USB, MOST_USB, controller)?,
             usb_devices: list(config, USB_DEVICES, DEVICES, usb_device)?,
@@ -762,6 +768,7 @@ impl Board {
             (placement::POLICY, self.numa_policy.map(|p| p.as_str().to_owned())),
             (PANIC, flag(self.panic)),
             (parts::RNG, parts::rngs_text(&self.rngs)),
+            (scsi::SCSI, scsi::text(&self.scsi)),
             (
                 SLEEP,
                 match (self.sleeps, self.hibernates) {
@@ -824,6 +831,7 @@ mod tests {
             (nodes::CELLS, "0=shared;1=private+hugepages=2MiB"),
             (PANIC, "true"),
             (parts::RNG, "plain,rate=1024/1000+iommu+packed"),
+            (scsi::SCSI, "virtio-scsi,lsilogic"),
             (SLEEP, "memory"),
             (SOUND, "ich6,ac97,pcspk"),
             (USB, "ich9-ehci1,ich9-uhci1:0,ich9-uhci2:2,qemu-xhci:15"),

@@ -255,6 +255,7 @@ pub const INSTANCE_KEYS: &[Key] = &[
         "windows: what its installer has drivers for, where devices do not say otherwise (SATA, e1000e), and a TPM; clock in local time.",
     ),
     key("hardware.rng", Text, VirtualMachine, "plain", false, of_board::RNG),
+    key("hardware.scsi", Text, VirtualMachine, "virtio-scsi", false, of_board::SCSI),
     key("hardware.scsi.iothread", Integer(1, 65_535), VirtualMachine, "the main one", false, text::SCSI),
     key(
         "hardware.sleep",

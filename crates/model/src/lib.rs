@@ -28,6 +28,7 @@ pub mod keyboard;
 pub mod keys;
 mod keys_container;
 pub mod keys_machine;
+pub mod label;
 pub mod memory;
 pub mod name;
 pub mod network;

@@ -1,7 +1,11 @@
 //! What of a virtual machine's devices is not as usual, as words of one list (`io.options` of disks and NICs, and the lists of
 //! [`crate::board`]): each option has one form in text, which is written as it is read.
 
-use crate::{Error, Result, device::DiskBus};
+use crate::{
+    Error, Result,
+    device::DiskBus,
+    label::{LONGEST, Label},
+};
 use ipnet::{Ipv4Net, Ipv6Net};
 use serde::{Deserialize, Serialize};
 
@@ -165,6 +169,21 @@ pub struct DiskOptions {
     /// Bytes of its sectors, as it says, and of those that it really has.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub blocks: Option<(u32, u32)>,
+    /// The controller of `hardware.scsi` that it is at, of those beside the first (virtio-scsi).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub controller: Option<u8>,
+    /// The serial number that it shows; made of its name. QEMU shows 20 characters of it where the bus has no more.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub serial: Option<Label>,
+    /// Its name in the world (SCSI, SATA, IDE).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub wwn: Option<u64>,
+    /// Who made it, as it says (SCSI); QEMU.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub vendor: Option<Label>,
+    /// What it says it is (SCSI).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub product: Option<Label>,
 }
 
 fn wrong(field: &str, word: &str, why: &str) -> Error {
@@ -204,7 +223,18 @@ fn block(n: u32) -> bool {
     (512..=32_768).contains(&n) && n.is_power_of_two()
 }
 
+fn label(field: &str, word: &str, text: &str, most: usize) -> Result<Label> {
+    let why = format!("has 1 to {most} printable characters of ASCII, no comma, and no blank at its end");
+    Label::parse(text, most).ok_or_else(|| wrong(field, word, &why))
+}
+
 impl DiskOptions {
+    /// Is all that is not as usual of it possible for a drive of discs?
+    pub fn fits_discs(&self) -> bool {
+        let named = Self { controller: None, serial: None, wwn: None, vendor: None, product: None, ..*self };
+        named == Self::default()
+    }
+
     /// Out of a list; `bus` is what the disk is on.
     ///
     /// # Errors
@@ -245,9 +275,22 @@ impl DiskOptions {
                     let good = |(l, p): &(u32, u32)| block(*l) && block(*p) && l <= p;
                     found.blocks = Some(blocks.filter(good).ok_or_else(|| wrong(field, word, why))?);
                 }
+                ("controller", n) => found.controller = Some(within(field, word, n, (1, 14))?),
+                ("serial", text) => {
+                    let most = if bus == Some(DiskBus::VirtioBlk) { 20 } else { LONGEST };
+                    found.serial = Some(label(field, word, text, most)?);
+                }
+                ("wwn", text) => {
+                    let good = text.len() == 16 && text.bytes().all(|b| b.is_ascii_hexdigit());
+                    let wwn = u64::from_str_radix(text, 16).ok().filter(|_| good);
+                    found.wwn = Some(wwn.ok_or_else(|| wrong(field, word, "write 16 hexadecimal digits"))?);
+                }
+                ("vendor", text) => found.vendor = Some(label(field, word, text, 8)?),
+                ("product", text) => found.product = Some(label(field, word, text, 16)?),
                 _ => {
                     let why = "is no option; iommu, ats, packed, page-per-queue, event-index=off, ioeventfd=off, queues=, \
-                               queue-size=, write-errors=, read-errors=, rotation=, removable, geometry= and blocks= are";
+                               queue-size=, write-errors=, read-errors=, rotation=, removable, geometry=, blocks=, controller=, \
+                               serial=, wwn=, vendor= and product= are";
                     return Err(wrong(field, word, why));
                 }
             }
@@ -291,6 +334,20 @@ impl DiskOptions {
         if (self.write_errors.is_some() || self.read_errors.is_some()) && !(turns || virtio) {
             return no("what becomes of errors is said of a disk on virtio-scsi, virtio-blk, sata or ide");
         }
+        let scsi = bus == DiskBus::VirtioScsi;
+        if self.controller.is_some() && !scsi {
+            return no("the controller is that of a disk on virtio-scsi");
+        }
+        if (self.vendor.is_some() || self.product.is_some()) && !scsi {
+            return no("vendor and product are said by a disk on virtio-scsi");
+        }
+        if self.wwn.is_some() && !(scsi || old) {
+            return no("a wwn is that of a disk on virtio-scsi, sata or ide");
+        }
+        let unnamed = matches!(bus, DiskBus::Floppy | DiskBus::Virtiofs | DiskBus::Plan9);
+        if self.serial.is_some() && unnamed {
+            return no("a floppy disk, or a directory, has no serial number");
+        }
         // QEMU's disk on USB does not hand them on to the one within it.
         let none = matches!(bus, DiskBus::Usb | DiskBus::Floppy | DiskBus::Virtiofs | DiskBus::Plan9);
         match self.blocks.is_some() && none {
@@ -316,6 +373,12 @@ impl DiskOptions {
         let geometry = |g: Geometry| format!("{}/{}/{}{}", g.cylinders, g.heads, g.sectors, translation(g));
         say("geometry", self.geometry.map(geometry));
         say("blocks", self.blocks.map(|(logical, physical)| format!("{logical}/{physical}")));
+        say("controller", self.controller.map(|n| n.to_string()));
+        let text = |label: &Option<Label>| label.as_ref().map(|l| l.as_str().to_owned());
+        say("serial", text(&self.serial));
+        say("wwn", self.wwn.map(|n| format!("{n:016x}")));
+        say("vendor", text(&self.vendor));
+        say("product", text(&self.product));
         (!all.is_empty()).then(|| all.join(","))
     }
 }
@@ -482,6 +545,12 @@ mod tests {
         let old = DiskOptions::parse("f", "geometry=16383/16/63/lba", Some(DiskBus::Ide)).unwrap();
         assert_eq!(old.text().as_deref(), Some("geometry=16383/16/63/lba"));
         assert_eq!(DiskOptions::parse("f", "blocks=4096", BLK).unwrap().blocks, Some((4096, 4096)));
+        let named = "controller=2,serial=  WD 1=2,wwn=5000c50015ea71ac,vendor=SEA GATE,product=ST67 807GD";
+        let found = DiskOptions::parse("f", named, None).unwrap();
+        assert_eq!(found.text().as_deref(), Some(named));
+        assert!(found.fits_discs() && !DiskOptions { rotation: Some(1), ..found }.fits_discs());
+        let stored = serde_json::to_string(&found).unwrap();
+        assert_eq!(serde_json::from_str::<DiskOptions>(&stored).unwrap(), found);
         for (text, bus) in [
             ("", BLK),
             ("fast", BLK),
@@ -508,6 +577,15 @@ mod tests {
             ("geometry=1/2/3", Some(DiskBus::Floppy)),
             ("blocks=512", Some(DiskBus::Floppy)),
             ("removable", Some(DiskBus::Ide)),
+            ("controller=0", None),
+            ("controller=1", BLK),
+            ("serial=", BLK),
+            ("serial=123456789012345678901", BLK),
+            ("serial=1", Some(DiskBus::Floppy)),
+            ("wwn=5000c50015ea71a", None),
+            ("wwn=5000c50015ea71ac", BLK),
+            ("vendor=SEAGATES2", None),
+            ("product=a", Some(DiskBus::Sata)),
         ] {
             assert_eq!(DiskOptions::parse("f", text, bus).unwrap_err().field.as_deref(), Some("f"), "{text}");
         }

@@ -365,6 +365,9 @@ pub fn argv(m: &Machine) -> Result<Vec<String>> {
         }
     };
     let mut serial = json!({"driver": "virtio-serial-pci", "id": "serial0", "max_ports": 16});
+    if m.spec.board.scsi.len() > board::SCSI_BESIDE {
+        serial["multifunction"] = true.into();
+    }
     of_part(&mut serial, "serial");
     opt("-device", fixed("serial", serial, slot::SERIAL)?);
     let port = |nr: u32, id: &str, chardev: Option<&str>, name: &str| {
@@ -467,7 +470,8 @@ pub fn argv(m: &Machine) -> Result<Vec<String>> {
     }
     let buses = m.disks.iter().map(Disk::bus).collect::<Result<Vec<_>>>()?;
     // Machines that devices can be plugged into have the controller also when nothing is behind it yet.
-    if layout.hotplug() || buses.iter().any(|b| matches!(b, Bus::Scsi(_))) {
+    let more = m.spec.board.scsi.get(1..).unwrap_or_default();
+    if layout.hotplug() || !more.is_empty() || buses.iter().any(|b| matches!(b, Bus::Scsi(_))) {
         // An older machine's root behind virtio-scsi carries the address of the controller.
         let old = m.disks.first().filter(|d| layout.ports == 0 && d.slot.starts_with("scsi"));
         let at = old.and_then(|d| d.pci.as_deref()).unwrap_or(slot::SCSI);
@@ -476,7 +480,19 @@ pub fn argv(m: &Machine) -> Result<Vec<String>> {
             controller["iothread"] = threads::id(thread).into();
         }
         of_part(&mut controller, "scsi");
+        if let Some(first) = m.spec.board.scsi.first() {
+            board::scsi_options(&mut controller, first);
+        }
+        if !more.is_empty() {
+            controller["multifunction"] = true.into();
+        }
         opt("-device", fixed("devices.root", controller, at)?);
+        for device in board::more_scsi(more, layout, at, m.spec.scsi_iothread)? {
+            opt("-device", device.to_string());
+        }
+    }
+    for disk in &m.disks {
+        board::demand_scsi(&m.spec.board, disk)?;
     }
     if layout.pc && buses.iter().any(|b| matches!(b, Bus::Sata(_))) {
         let mut controller = json!({"driver": "ich9-ahci", "id": "sata"});

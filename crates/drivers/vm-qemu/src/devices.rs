@@ -338,7 +338,8 @@ impl Disk {
     /// Invalid for an unknown slot.
     pub fn hotplug(&self, layout: Layout) -> Result<bool> {
         Ok(match self.bus()? {
-            Bus::Scsi(_) => true,
+            // Those beside the first may be of models that take none.
+            Bus::Scsi(_) => self.options.controller.is_none(),
             Bus::Virtio(_) | Bus::Nvme(_) => {
                 layout.hotplug() && self.pci.as_deref().is_none_or(|p| layout.pc || !p.starts_with("00:"))
             }
@@ -484,8 +485,9 @@ impl Disk {
         if self.ejected && matches!(bus, Bus::Usb(_)) {
             return Err(Error::invalid(format!("{field}.io.bus"), "a disk on usb is there"));
         }
-        if self.cdrom && self.options != DiskOptions::default() {
-            return Err(Error::invalid(format!("{field}.io.options"), "a drive of discs has none"));
+        if self.cdrom && !self.options.fits_discs() {
+            let text = "a drive of discs has a controller, serial, wwn, vendor and product alone";
+            return Err(Error::invalid(format!("{field}.io.options"), text));
         }
         if matches!(bus, Bus::Ide(_)) && !layout.pc {
             return Err(Error::invalid(
@@ -525,12 +527,16 @@ impl Disk {
         match bus {
             Bus::Scsi(n) => {
                 device["driver"] = if self.cdrom { "scsi-cd" } else { "scsi-hd" }.into();
-                device["bus"] = "scsi.0".into();
+                let controller = self.options.controller.map(|n| n.to_string()).unwrap_or_default();
+                device["bus"] = format!("scsi{controller}.0").into();
                 device["channel"] = 0.into();
                 device["scsi-id"] = n.into();
                 device["lun"] = 0.into();
                 if self.serial {
                     device["device_id"] = serial.chars().take(36).collect::<String>().into();
+                }
+                if let Some(said) = &self.options.serial {
+                    device["device_id"] = said.as_str().into();
                 }
             }
             Bus::Virtio(_) => {
@@ -577,6 +583,19 @@ impl Disk {
                     device["serial"] = serial.chars().take(20).collect::<String>().into();
                 }
             }
+        }
+        // In the place of what is made of its name.
+        for (property, text) in [
+            ("serial", &self.options.serial),
+            ("vendor", &self.options.vendor),
+            ("product", &self.options.product),
+        ] {
+            if let Some(text) = text {
+                device[property] = text.as_str().into();
+            }
+        }
+        if let Some(wwn) = self.options.wwn {
+            device["wwn"] = wwn.into();
         }
         Ok(device)
     }

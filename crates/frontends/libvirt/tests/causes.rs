@@ -10,12 +10,14 @@ use karst_engine::Context;
 use karst_frontend_libvirt::error::Code;
 use karst_model::access::Principal;
 
+const UUID: &str = "0b3c1f9e-7f2c-4d0a-9a53-3a3f6f0f00c1";
+
 /// A machine of nothing but what is asked about.
 fn machine(parts: &str, devices: &str) -> String {
     let vcpu = if parts.contains("<vcpu") { "" } else { "<vcpu placement='static'>2</vcpu>" };
     let os = if parts.contains("<os") { "" } else { "<os><type arch='x86_64' machine='pc'>hvm</type></os>" };
     format!(
-        "<domain type='kvm'><name>v1</name><memory unit='MiB'>128</memory>{vcpu}{parts}{os}<devices>{devices}</devices></domain>"
+        "<domain type='kvm'><name>v1</name><uuid>{UUID}</uuid><memory unit='MiB'>128</memory>{vcpu}{parts}{os}<devices>{devices}</devices></domain>"
     )
 }
 
@@ -95,6 +97,59 @@ async fn parts_of_a_domain_come_to_keys_and_are_shown() {
     }
 }
 
+/// Devices: they, keys of the machine, or of a device (`NAME/KEY`), that they come to, and what is shown.
+const DEVICES: &[(&str, &[(&str, &str)], &[&str])] = &[
+    (
+        "<disk type='block' device='cdrom'><source dev='/dev/vg/a'/><target dev='sda' bus='scsi'/><readonly/>\
+         <serial>  WD-WMAP9A966149</serial><wwn>0x5000c50015ea71ac</wwn><vendor>SEA GATE</vendor><product>ST67 807GD</product>\
+         <address type='drive' controller='1' bus='0' target='0' unit='0'/></disk>\
+         <disk type='block' device='disk'><source dev='/dev/vg/b'/><target dev='vda' bus='virtio'/><serial>abc-_ .+</serial></disk>\
+         <controller type='scsi' index='0' model='virtio-scsi'><driver queues='8'/></controller>\
+         <controller type='scsi' index='1' model='lsilogic'/>",
+        &[
+            ("hardware.scsi", "virtio-scsi+queues=8,lsilogic"),
+            (
+                "sda/io.options",
+                "controller=1,serial=  WD-WMAP9A966149,wwn=5000c50015ea71ac,vendor=SEA GATE,product=ST67 807GD",
+            ),
+            ("vda/io.options", "serial=abc-_ .+"),
+        ],
+        &[
+            "<wwn>0x5000c50015ea71ac</wwn>",
+            "<product>ST67 807GD</product>",
+            "<address type='drive' controller='1'",
+            "<driver queues='8'/>",
+            "model='lsilogic'",
+        ],
+    ),
+    (
+        "<disk type='block' device='disk'><source dev='/dev/vg/a'/><target dev='sdc' bus='scsi'/>\
+         <address type='drive' controller='2' bus='0' target='0' unit='0'/></disk>",
+        &[("hardware.scsi", "virtio-scsi,virtio-scsi,virtio-scsi"), ("sdc/io.options", "controller=2")],
+        &["<controller type='scsi' index='2' model='virtio-scsi'/>", "<address type='drive' controller='2'"],
+    ),
+];
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn devices_of_a_domain_come_to_keys_and_are_shown() {
+    let (server, mut client) = ready().await;
+    for (devices, keys, lines) in DEVICES {
+        let shown = kept(&mut client, &machine("", devices)).await;
+        let view = server.engine.instance(&Context::new(Principal::system()), "default", "v1").unwrap();
+        for (name, value) in *keys {
+            let found = match name.split_once('/') {
+                Some((device, key)) => view.expanded_devices[device].get(key),
+                None => view.expanded_config.get(*name),
+            };
+            assert_eq!(found.map(String::as_str), Some(*value), "{name} of {devices}");
+        }
+        for line in *lines {
+            assert!(shown.contains(line), "{line} in {shown}");
+        }
+        gone(&mut client).await;
+    }
+}
+
 /// What is still not done, by the word that names it.
 const REFUSED: &[(&str, &str, &str)] = &[
     ("<seclabel type='none' model='dac'/>", "", "seclabel"),
@@ -105,6 +160,25 @@ const REFUSED: &[(&str, &str, &str)] = &[
         "<memoryBacking><hugepages><page size='4' unit='KiB' nodeset='0'/></hugepages></memoryBacking>",
         "",
         "memoryBacking",
+    ),
+    ("", "<controller type='scsi' index='0' model='lsilogic'/>", "controller model"),
+    (
+        "",
+        "<disk type='block' device='disk'><source dev='/dev/vg/a'/><target dev='vda' bus='virtio'/>\
+         <serial>123456789012345678901</serial></disk>",
+        "disk serial",
+    ),
+    (
+        "",
+        "<disk type='block' device='disk'><source dev='/dev/vg/a'/><target dev='vda' bus='virtio'/><vendor>SEA</vendor></disk>",
+        "disk vendor",
+    ),
+    (
+        "",
+        "<disk type='block' device='disk'><source dev='/dev/vg/a'/><target dev='sdh' bus='scsi'/>\
+         <address type='drive' controller='1' bus='0' target='0' unit='0'/></disk>\
+         <controller type='scsi' index='1' model='lsilogic'/>",
+        "disk target",
     ),
 ];
 

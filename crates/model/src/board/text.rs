@@ -33,6 +33,10 @@ pub const POLICY: &str = "How memory keeps to the nodes of limits.memory.nodes, 
 /// `hardware.rng`.
 pub const RNG: &str = "Where random numbers come from, each plain, or of rate=BYTES/MILLISECONDS, iommu, ats, packed, \
     page-per-queue, as in plain,rate=1024/1000+iommu.";
+/// `hardware.scsi`.
+pub const SCSI: &str = "Controllers of SCSI, the first of them virtio-scsi: virtio-scsi, lsilogic, lsisas1068, lsisas1078, vmpvscsi; of virtio \
+    with queues=, per-disk=, sectors=, ioeventfd=off, iommu, ats, packed, page-per-queue, as in virtio-scsi,virtio-scsi+queues=4. Disks say \
+    controller= in io.options.";
 /// `hardware.virtio`.
 pub const VIRTIO: &str = "What of the machine's own devices of virtio is not as usual, of balloon, scsi, serial, input0: iommu, ats, \
     packed, page-per-queue, as in balloon=iommu+ats,scsi=packed.";

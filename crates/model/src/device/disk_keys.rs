@@ -42,7 +42,7 @@ pub const DISK_KEYS: &[(&str, bool, bool, &str)] = &[
         "io.options",
         true,
         true,
-        "Virtual machines: what of it is not as usual, a list of `iommu`, `ats`, `packed`, `page-per-queue`, `event-index=off`, `ioeventfd=off`, `queues=`, `queue-size=` (all of `virtio-blk`), `write-errors=` and `read-errors=` (`stop`, `report`, `ignore`), `rotation=`, `removable` (`usb`), `geometry=16383/16/63`, `blocks=512/4096`.",
+        "Virtual machines: what of it is not as usual, a list of `iommu`, `ats`, `packed`, `page-per-queue`, `event-index=off`, `ioeventfd=off`, `queues=`, `queue-size=` (all of `virtio-blk`), `write-errors=` and `read-errors=` (`stop`, `report`, `ignore`), `rotation=`, `removable` (`usb`), `geometry=16383/16/63`, `blocks=512/4096`, `controller=` (of `hardware.scsi`, beside the first), `serial=`, `wwn=` (16 digits), `vendor=`, `product=` (both of SCSI).",
     ),
     (
         "io.thread",

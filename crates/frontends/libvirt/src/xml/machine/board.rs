@@ -162,6 +162,7 @@ fn demand_sense(board: &Board) -> Result<(), VirError> {
             ("sound", "sound"),
             ("input", "input"),
             ("virtio", "controller"),
+            ("scsi", "controller"),
             ("rng", "rng"),
             ("features", "features"),
         ];
@@ -424,6 +425,7 @@ pub fn devices(all: &[Element]) -> Result<Board, VirError> {
     }
     board.virtio = parts::virtio(all)?;
     board.features = board.features.filter(|f| *f != Features::default());
+    // Controllers of SCSI that only disks are at are known when those are: they are read by [`super::read`].
     // Whether an IOMMU and modules fit is told by what else the domain says.
     demand_sense(&Board { iommu: None, modules: vec![], ..board.clone() })?;
     Ok(board)

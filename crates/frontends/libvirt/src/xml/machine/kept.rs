@@ -297,7 +297,7 @@ const DEVICES: &[Row] = &[
     (
         "controller",
         When(controller),
-        "the controllers are those of the machine, disks on scsi are on virtio-scsi",
+        "the controllers are those of the machine; of scsi virtio-scsi, lsilogic, lsisas1068, lsisas1078 and vmpvscsi are there",
     ),
     (
         "input",
@@ -369,13 +369,28 @@ fn controller(e: &Element) -> bool {
     let scsi = said(e, "type") == Some("scsi");
     let own = scsi || said(e, "type") == Some("virtio-serial");
     let done = |(name, value): (&str, &str)| {
-        name == "name" || scsi && name == "iothread" || own && of_virtio((name, value))
+        let of_scsi = matches!(name, "iothread" | "queues" | "cmd_per_lun" | "max_sectors")
+            || name == "ioeventfd" && matches!(value, "on" | "off");
+        name == "name" || scsi && of_scsi || own && of_virtio((name, value))
     };
     let plain = e.find("driver").is_none_or(|d| d.attributes().all(done) && d.elements().is_empty());
     plain
         && match said(e, "type") {
             Some("usb" | "pci" | "virtio-serial" | "sata" | "ide" | "fdc") => true,
-            Some("scsi") => is(e, "model", &["virtio-scsi", "auto"]),
+            // Which of them is looked at by `scsi`.
+            Some("scsi") => is(
+                e,
+                "model",
+                &[
+                    "virtio-scsi",
+                    "virtio-non-transitional",
+                    "auto",
+                    "lsilogic",
+                    "lsisas1068",
+                    "lsisas1078",
+                    "vmpvscsi",
+                ],
+            ),
             _ => false,
         }
 }
@@ -469,11 +484,11 @@ const DISK: &[Row] = &[
     // What is in it is looked at by `iotune`.
     ("iotune", Kept, ""),
     ("throttlefilters", Never, "disks have rates of their own (iotune)"),
-    ("serial", Never, "the serial number of a disk is made of its name"),
-    ("wwn", Never, "disks have none"),
-    ("vendor", Never, "disks are QEMU's"),
-    ("product", Never, "disks are QEMU's"),
     // What is in these is looked at by `options`.
+    ("serial", Kept, ""),
+    ("wwn", Kept, ""),
+    ("vendor", Kept, ""),
+    ("product", Kept, ""),
     ("geometry", Kept, ""),
     (
         "blockio",

@@ -15,6 +15,7 @@ pub mod places;
 pub mod ports;
 pub mod processor;
 pub mod read;
+pub mod scsi;
 pub mod spec;
 pub mod tuning;
 pub mod write;
@@ -388,7 +389,7 @@ mod tests {
         let mut old = opaque.clone();
         old.domain.push(Element::new("cputune").child(Element::text("quota", 2048)));
         old.devices.push(Element::new("vsock").with("model", "virtio"));
-        old.disks.values_mut().for_each(|disk| disk.push(Element::text("serial", "S1")));
+        old.disks.values_mut().for_each(|disk| disk.push(Element::new("transient")));
         old.disks.values_mut().for_each(|disk| disk.set("rawio", "yes"));
         assert_eq!(Opaque::parse(&old.document()), opaque);
         assert_eq!(Opaque::parse("<x"), Opaque::default());

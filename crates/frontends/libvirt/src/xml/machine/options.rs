@@ -1,10 +1,11 @@
 //! What disks and NICs are said to have beside what is usual ([`karst_model::options`]), both ways: attributes of `<driver>`, the
 //! geometry, blocks and rotation of a disk, offloads and the ROM of an interface.
 
-use super::{Source, refuse};
+use super::{Source, refuse, scsi};
 use crate::{error::VirError, xml::Element};
 use karst_model::{
     device::DiskBus,
+    label::Label,
     options::{DiskOptions, NicOptions, NicSender, OFFLOADS, OnError, Virtio},
 };
 
@@ -13,6 +14,8 @@ const VIRTIO: [(&str, &str); 4] =
     [("iommu", "iommu"), ("ats", "ats"), ("packed", "packed"), ("page_per_vq", "page-per-queue")];
 /// The same of what is there unless it is said to be off.
 const USUAL: [(&str, &str); 2] = [("event_idx", "event-index"), ("ioeventfd", "ioeventfd")];
+/// What a disk shows of itself, each in an element of its own.
+const NAMES: [&str; 4] = ["serial", "wwn", "vendor", "product"];
 /// What else a `<driver>` of a disk says that is held here.
 const OF_DISKS: [&str; 4] = ["queues", "queue_size", "error_policy", "rerror_policy"];
 
@@ -96,7 +99,23 @@ pub fn of_disk(
         let first = logical.or(physical.map(|_| "512"))?;
         Some(format!("blocks={first}/{}", physical.unwrap_or(first)))
     });
+    let text = |name: &str| e.find(name).map(|inner| inner.body().trim_end()).filter(|t| !t.is_empty());
     let mut all = vec![];
+    for name in NAMES {
+        let Some(said) = text(name) else { continue };
+        let element = format!("disk {name}");
+        // In a list it would begin another option.
+        if said.contains(',') {
+            return Err(refuse(&element, "has no comma"));
+        }
+        let said = if name == "wwn" { said.trim_start_matches("0x") } else { said };
+        let word = format!("{name}={said}");
+        DiskOptions::parse("", &word, Some(bus)).map_err(|e| refuse(&element, e.message))?;
+        all.push(word);
+    }
+    if bus == DiskBus::VirtioScsi {
+        all.extend(scsi::of_disk(e)?.map(|n| format!("controller={n}")));
+    }
     for (element, words) in [
         ("disk driver", of_driver),
         ("disk target", rotation.into_iter().chain(removable).collect()),
@@ -223,6 +242,15 @@ pub fn disk_now(kept: Option<&Element>, now: &DiskOptions, bus: DiskBus, cdrom: 
     e.push_some(now.blocks.map(|(logical, physical)| {
         Element::new("blockio").with("logical_block_size", logical).with("physical_block_size", physical)
     }));
+    for name in NAMES {
+        taken(&mut e, name);
+    }
+    let text =
+        |name: &'static str, label: &Option<Label>| label.as_ref().map(|l| Element::text(name, l.as_str()));
+    e.push_some(text("serial", &now.serial));
+    e.push_some(now.wwn.map(|n| Element::text("wwn", format!("{n:016x}"))));
+    e.push_some(text("vendor", &now.vendor));
+    e.push_some(text("product", &now.product));
     e
 }
 

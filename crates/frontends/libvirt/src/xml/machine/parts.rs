@@ -186,6 +186,8 @@ pub fn virtio(all: &[Element]) -> Result<BTreeMap<String, Virtio>, VirError> {
         match part(e, &mut inputs) {
             _ if options.is_usual() => {}
             Some(part) => drop(found.insert(part, options)),
+            // They have their own: [`super::scsi`].
+            None if e.attribute("type") == Some("scsi") => {}
             None if e.name() == "controller" => {
                 return Err(refuse("controller driver", "the controllers beside the first have no options"));
             }
@@ -301,7 +303,9 @@ mod tests {
         assert_eq!(virtio(given.elements()).unwrap(), board.virtio);
         assert!(given.elements()[0].find("driver").is_some_and(|d| d.attribute("iothread") == Some("1")));
         let second = "<devices><controller type='scsi' index='1'><driver ats='on'/></controller></devices>";
-        let e = virtio(document(second).unwrap().elements()).unwrap_err();
+        assert!(virtio(document(second).unwrap().elements()).unwrap().is_empty(), "it has its own");
+        let second = second.replace("'scsi'", "'virtio-serial'");
+        let e = virtio(document(&second).unwrap().elements()).unwrap_err();
         assert!(e.text.starts_with("controller driver: "), "{}", e.text);
     }
 }

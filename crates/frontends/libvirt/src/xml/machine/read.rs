@@ -2,14 +2,14 @@
 
 use super::{
     Disk, Kernel, Machine, Nic, Opaque, Screen, Source, aliases, board, iotune, kept, number, options,
-    pci_of, places, ports, priority, processor, refuse, tuning, wrong,
+    pci_of, places, ports, priority, processor, refuse, scsi, tuning, wrong,
 };
 use crate::{
     error::VirError,
     xml::{Element, domain::ranges, is_name, is_prefix, nwfilter},
 };
 use karst_model::{
-    board::{MOST, UsbController, UsbModel},
+    board::{MOST, UsbController, UsbModel, without_usual},
     device::{DRIVE_FORMATS, DiskBus, DiskCache, DriveFormat, NIC_MODELS, NicModel, parse_mac},
     display::{DisplayGuard, DisplayPassword, DisplayProtocol},
     instance::Firmware,
@@ -175,6 +175,20 @@ pub fn machine(text: &str) -> Result<Machine, VirError> {
         }
     }
     all.opaque.devices.iter_mut().for_each(aliases::forget);
+    let mut controllers = scsi::read(devices.elements())?;
+    scsi::complete(&mut controllers, &all.disks);
+    all.board.scsi = without_usual(controllers);
+    for disk in &all.disks {
+        let model = disk.options.controller.and_then(|n| all.board.scsi.get(usize::from(n))).map(|c| c.model);
+        let most = model.map_or(u32::MAX, |m| m.most_targets());
+        if number(&disk.target).is_some_and(|n| n >= most) {
+            let text = format!(
+                "{}: the model of its controller has {most} at most, sda being the first",
+                disk.target
+            );
+            return Err(refuse("disk target", text));
+        }
+    }
     if !q35 && all.board.usb.len() > MOST {
         return Err(refuse("controller", format!("a machine of type pc has {MOST} of usb at most")));
     }

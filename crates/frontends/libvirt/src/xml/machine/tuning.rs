@@ -592,7 +592,8 @@ fn shown_thread(thread: &IoThread) -> Element {
 /// Invalid, naming the key.
 pub fn show_controller(devices: &mut Element, config: &Config) -> Result<(), Error> {
     let thread = of_config(config)?.scsi;
-    for controller in devices.elements_mut().iter_mut().filter(|e| is_scsi(e)) {
+    let of_virtio = |e: &Element| e.attribute("model").is_none_or(|m| m == "auto" || m.starts_with("virtio"));
+    for controller in devices.elements_mut().iter_mut().filter(|e| is_scsi(e) && of_virtio(e)) {
         let there = controller.elements().iter().position(|e| e.name() == "driver");
         match (there, thread) {
             (Some(at), Some(id)) => controller.elements_mut()[at].set("iothread", id),

@@ -2,7 +2,7 @@
 
 use super::{
     Kernel, Opaque, ShownGuard, Source, aliases, board, iotune, kept, nodes, options, owned, parts, pci_of,
-    places, places::Places, ports, priority, processor, read, screens, target, tuning,
+    places, places::Places, ports, priority, processor, read, screens, scsi, target, tuning,
 };
 use crate::{
     calls::domain::{METADATA, OPAQUE, TITLE},
@@ -537,7 +537,10 @@ fn devices(shown: &Shown<'_>, opaque: &Opaque, on_board: &Board) -> Result<Eleme
         let model = Element::new("model").with("type", "vga").with("vram", 16384).with("heads", 1);
         devices.push(Element::new("video").child(model.with("primary", "yes")));
     }
+    let (same_scsi, more_scsi) = scsi::beside(&opaque.devices, &on_board.scsi);
+    devices.elements_mut().extend(more_scsi);
     let there = |e: &&Element| match e.name() {
+        "controller" if e.attribute("type") == Some("scsi") => same_scsi,
         "tpm" => parsed.tpm.is_some() && same_tpm,
         "graphics" => !own_screen && said(e).is_some(),
         "memballoon" => same_balloon,
@@ -690,7 +693,7 @@ fn disk(
         None => e.push(
             Element::new("address")
                 .with("type", "drive")
-                .with("controller", 0)
+                .with("controller", io.options.controller.unwrap_or(0))
                 .with("bus", channel)
                 .with("target", 0)
                 .with("unit", unit),

@@ -101,7 +101,7 @@ const SAMPLES: &[(&str, &str, &str, &str)] = &[
         "devices",
         "controller",
         "<controller type='scsi' model='virtio-scsi'/>",
-        "<controller type='scsi' model='lsilogic'/>",
+        "<controller type='scsi' model='ibmvscsi'/>",
     ),
     (
         "devices",
