@@ -13,11 +13,12 @@ use crate::{
 use karst_model::{
     Error, Result,
     board::{Rng, Sound, UsbKind},
+    device::PortEnd,
     instance::Firmware,
     keys_machine::MOST_STRINGS,
     node::AcceleratorKind,
     screens::ScreenOptions,
-    spec::{CpuLimit, MachineSpec},
+    spec::{CpuLimit, LineSpec, MachineSpec},
 };
 use serde_json::{Value, json};
 
@@ -425,6 +426,12 @@ pub fn argv(m: &Machine) -> Result<Vec<String>> {
             opt(option, value);
         }
         if m.spec.spice {
+            let twice = |l: &&LineSpec| matches!(l.device.to, PortEnd::Agent { .. });
+            if let Some(line) = m.spec.lines.iter().find(twice) {
+                let text =
+                    "SPICE is at the other end of that channel; unset hardware.spice, or take this port away";
+                return Err(Error::invalid(format!("devices.{}.to", line.name), text));
+            }
             // The port of the guest's agent for clipboard and size is there also without SPICE: then nobody is at its other end.
             opt("-device", port(5, "vdagent", m.spice.then_some("vdagent"), "com.redhat.spice.0"));
         }

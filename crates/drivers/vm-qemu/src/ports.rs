@@ -61,6 +61,10 @@ pub fn options(lines: &[LineSpec]) -> Result<Ports> {
             PortEnd::Stream {} => format!("socket,id={id},fd={number},server=on,wait=off"),
             PortEnd::Null {} => format!("null,id={id}"),
             PortEnd::Screen {} => format!("vc,id={id}"),
+            PortEnd::Agent { clipboard, mouse } => {
+                let on = |on: bool| if on { "on" } else { "off" };
+                format!("qemu-vdagent,id={id},name=vdagent,clipboard={},mouse={}", on(*clipboard), on(*mouse))
+            }
             PortEnd::File(file) => {
                 all.sets.push((set, number, "port"));
                 let append = if file.append { "on" } else { "off" };
@@ -104,6 +108,9 @@ pub fn options(lines: &[LineSpec]) -> Result<Ports> {
             PortPlace::Parallel { number } => {
                 json!({"driver": "isa-parallel", "id": device, "chardev": id, "index": number})
             }
+            PortPlace::Debug {} => {
+                json!({"driver": "isa-debugcon", "id": device, "chardev": id, "iobase": 0x402})
+            }
             PortPlace::Console { .. } => {
                 json!({"driver": "virtconsole", "bus": "serial0.0", "nr": next()?, "id": device, "chardev": id})
             }
@@ -133,7 +140,7 @@ pub(crate) fn descriptors(guest: &ResolvedGuest, lines: &[LineSpec]) -> Result<V
         let unopened = || Error::internal("a port of the guest was not opened", &line.name);
         let opened = guest.ports.get(&line.name);
         match &line.device.to {
-            PortEnd::Null {} | PortEnd::Screen {} => {}
+            PortEnd::Null {} | PortEnd::Screen {} | PortEnd::Agent { .. } => {}
             PortEnd::Stream {} => {
                 all.push((number, launch::listen(&guest.state_dir, &socket(checked(line)?))?))
             }
@@ -215,6 +222,12 @@ mod tests {
             line("d", channel, PortEnd::File(PortFile { path: "/z".into(), append: false })),
             line("e", PortPlace::Channel { name: None }, tcp),
             line("f", PortPlace::Serial { number: 2 }, PortEnd::Device { path: "/dev/x".into() }),
+            line("g", PortPlace::Debug {}, PortEnd::Stream {}),
+            line(
+                "h",
+                PortPlace::Channel { name: Some("com.redhat.spice.0".into()) },
+                PortEnd::Agent { clipboard: true, mouse: false },
+            ),
         ];
         let wanted = r#"5003=303 port-log
 5006=306 port
@@ -231,6 +244,10 @@ mod tests {
 -device {"driver":"virtserialport","bus":"serial0.0","nr":8,"id":"port-e-device","chardev":"port-e"}
 -chardev serial,id=port-f,path=/dev/fdset/5010
 -device {"driver":"isa-serial","id":"port-f-device","chardev":"port-f","index":2}
+-chardev socket,id=port-g,fd=312,server=on,wait=off
+-device {"driver":"isa-debugcon","id":"port-g-device","chardev":"port-g","iobase":1026}
+-chardev qemu-vdagent,id=port-h,name=vdagent,clipboard=on,mouse=off
+-device {"driver":"virtserialport","bus":"serial0.0","nr":9,"id":"port-h-device","chardev":"port-h","name":"com.redhat.spice.0"}
 "#;
         assert_eq!(text(&lines), wanted);
         assert!(!options(&lines).unwrap().first_serial);

@@ -36,7 +36,12 @@ pub(crate) const FILES: [&str; 2] = [SHAPE, RAM];
 
 /// What a guest sees of a port.
 fn seen(line: &LineSpec) -> LineSpec {
-    let device = PortDevice { place: line.device.place.clone(), to: PortEnd::Null {}, log: None };
+    // QEMU's own side of an agent has a state of its own.
+    let to = match line.device.to {
+        PortEnd::Agent { .. } => line.device.to.clone(),
+        _ => PortEnd::Null {},
+    };
+    let device = PortDevice { place: line.device.place.clone(), to, log: None };
     LineSpec { name: line.name.clone(), device }
 }
 /// The name of the descriptor in QEMU.

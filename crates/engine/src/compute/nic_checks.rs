@@ -63,8 +63,12 @@ pub(crate) fn demand_own(instance: &Instance, parsed: &ParsedDevices) -> Result<
     }
     for (device, port) in parsed.ports.iter().filter(|(device, _)| foreign(device)) {
         let key = match &port.to {
-            PortEnd::Stream {} | PortEnd::Null {} | PortEnd::Screen {} if port.log.is_none() => continue,
-            PortEnd::Stream {} | PortEnd::Null {} | PortEnd::Screen {} => "log",
+            PortEnd::Stream {} | PortEnd::Null {} | PortEnd::Screen {} | PortEnd::Agent { .. } => {
+                if port.log.is_none() {
+                    continue;
+                }
+                "log"
+            }
             PortEnd::File(_) | PortEnd::Device { .. } | PortEnd::Unix { .. } | PortEnd::Tcp { .. } => "to",
         };
         let text = "a port that leads to a path or an address of the host is a device of the instance itself and of no profile";

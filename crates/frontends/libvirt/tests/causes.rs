@@ -128,6 +128,17 @@ const DEVICES: &[(&str, &[(&str, &str)], &[&str])] = &[
         &[("hardware.scsi", "virtio-scsi,virtio-scsi,virtio-scsi"), ("sdc/io.options", "controller=2")],
         &["<controller type='scsi' index='2' model='virtio-scsi'/>", "<address type='drive' controller='2'"],
     ),
+    (
+        "<serial type='pty'><target type='isa-debug'/><address type='isa' iobase='0x402'/></serial>",
+        &[("debug0/port", "debug"), ("debug0/to", "stream")],
+        &["<target type='isa-debug'/>"],
+    ),
+    (
+        "<graphics type='vnc' port='-1' autoport='yes'/><channel type='qemu-vdagent'>\
+         <target type='virtio' name='com.redhat.spice.0'/><source><clipboard copypaste='yes'/></source></channel>",
+        &[("channel0/to", "agent"), ("channel0/clipboard", "true"), ("channel0/name", "com.redhat.spice.0")],
+        &["<clipboard copypaste='yes'/>"],
+    ),
 ];
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -162,6 +173,11 @@ const REFUSED: &[(&str, &str, &str)] = &[
         "memoryBacking",
     ),
     ("", "<controller type='scsi' index='0' model='lsilogic'/>", "controller model"),
+    (
+        "",
+        "<graphics type='spice' autoport='yes'/><channel type='qemu-vdagent'><target type='virtio' name='com.redhat.spice.0'/></channel>",
+        "channel",
+    ),
     (
         "",
         "<disk type='block' device='disk'><source dev='/dev/vg/a'/><target dev='vda' bus='virtio'/>\

@@ -43,6 +43,8 @@ pub enum PortPlace {
         /// Its number.
         number: u32,
     },
+    /// Where firmware writes what it does: bytes at the port 0x402, of which it reads nothing.
+    Debug {},
     /// A channel of virtio.
     Channel {
         /// Its name in the guest, below `/dev/virtio-ports`.
@@ -58,6 +60,7 @@ impl PortPlace {
             Self::Serial { .. } => "serial",
             Self::Parallel { .. } => "parallel",
             Self::Console { .. } => "console",
+            Self::Debug {} => "debug",
             Self::Channel { .. } => "channel",
         }
     }
@@ -66,7 +69,7 @@ impl PortPlace {
     pub fn number(&self) -> Option<u32> {
         match self {
             Self::Serial { number } | Self::Parallel { number } | Self::Console { number } => Some(*number),
-            Self::Channel { .. } => None,
+            Self::Debug {} | Self::Channel { .. } => None,
         }
     }
 
@@ -95,6 +98,13 @@ pub enum PortEnd {
     Null {},
     /// The machine's screen, as one of its text consoles.
     Screen {},
+    /// QEMU's own side of the agent of SPICE's guests, for who is at the screen by VNC: of the channel `com.redhat.spice.0`.
+    Agent {
+        /// Viewers and the guest have one clipboard.
+        clipboard: bool,
+        /// The agent is told where the pointer is.
+        mouse: bool,
+    },
     /// A file of the host.
     File(PortFile),
     /// A device of the host, such as a serial port of its own.
@@ -127,6 +137,7 @@ impl PortEnd {
             Self::Stream {} => "stream",
             Self::Null {} => "null",
             Self::Screen {} => "screen",
+            Self::Agent { .. } => "agent",
             Self::File(_) => "file",
             Self::Device { .. } => "device",
             Self::Unix { .. } => "unix",
@@ -142,35 +153,42 @@ pub const PORT_KEYS: &[(&str, &str)] = &[
         "`tcp`: address and port of the host, such as `127.0.0.1:4555`. Granted by its policy (`port_addresses`).",
     ),
     ("append", "`file`: what is there stays (false)."),
+    ("clipboard", "`agent`: viewers by VNC and the guest have one clipboard (false)."),
     ("log", "A file of the host that gets what the guest says. Granted by its policy (`port_paths`)."),
     ("log.append", "What is in the log stays (false)."),
     ("mode", "`unix`, `tcp`: `listen` (the default), or `connect` at the start."),
+    ("mouse", "`agent`: SPICE's agent in the guest is told where the pointer is (true)."),
     ("name", "`channel`: its name in the guest, below `/dev/virtio-ports`."),
     (
         "number",
         "`serial` (0 to 3), `parallel` (0 to 2), `console`. The serial port 0 is the machine's console unless a device has it.",
     ),
     ("path", "`file`, `device`, `unix`: a path of the host. Granted by its policy (`port_paths`)."),
-    ("port", "What the guest sees: `serial`, `parallel`, `console` (of virtio), `channel` (of virtio)."),
+    (
+        "port",
+        "What the guest sees: `serial`, `parallel`, `console` (of virtio), `channel` (of virtio), `debug` (what firmware writes to 0x402).",
+    ),
     ("protocol", "`tcp`: `raw` (the default) or `telnet`."),
     (
         "to",
-        "What is at the other end: `stream` (who attaches by the API; the default), `null`, `screen`, `file`, `device`, `unix`, `tcp`.",
+        "What is at the other end: `stream` (who attaches by the API; the default), `null`, `screen`, `agent` (of the channel `com.redhat.spice.0`), `file`, `device`, `unix`, `tcp`.",
     ),
 ];
 
-const ENDS: &[&str] = &["stream", "null", "screen", "file", "device", "unix", "tcp"];
+/// The channel of the agent of SPICE's guests.
+const AGENT: &str = "com.redhat.spice.0";
+const ENDS: &[&str] = &["stream", "null", "screen", "agent", "file", "device", "unix", "tcp"];
 
 impl PortDevice {
     pub(super) fn parse(keys: &Keys<'_>) -> Result<Self> {
         let known: Vec<&str> = PORT_KEYS.iter().map(|(k, _)| *k).chain(["type"]).collect();
         keys.known(&known)?;
-        let kinds = [("serial", 0), ("parallel", 1), ("console", 2), ("channel", 3)];
+        let kinds = [("serial", 0), ("parallel", 1), ("console", 2), ("channel", 3), ("debug", 4)];
         let kind = keys.one_of("port", &kinds)?;
         let kind = kind.ok_or_else(|| {
             Error::invalid(
                 keys.field("port"),
-                "say what the guest sees: serial, parallel, console or channel",
+                "say what the guest sees: serial, parallel, console, channel or debug",
             )
         })?;
         let number = |most: u32| {
@@ -184,15 +202,25 @@ impl PortDevice {
             0 => PortPlace::Serial { number: number(SERIAL_PORTS)? },
             1 => PortPlace::Parallel { number: number(PARALLEL_PORTS)? },
             2 => PortPlace::Console { number: number(32)? },
-            _ => PortPlace::Channel { name: channel(keys)? },
+            3 => PortPlace::Channel { name: channel(keys)? },
+            _ => PortPlace::Debug {},
         };
         if place.number().is_none() && keys.get("number").is_some() {
-            return Err(Error::invalid(keys.field("number"), "a channel has a name"));
+            return Err(Error::invalid(
+                keys.field("number"),
+                "only serial and parallel ports and consoles have one",
+            ));
         }
-        if place.number().is_some() && keys.get("name").is_some() {
+        if !matches!(place, PortPlace::Channel { .. }) && keys.get("name").is_some() {
             return Err(Error::invalid(keys.field("name"), "channels alone have a name"));
         }
         let to = end(keys)?;
+        if matches!(to, PortEnd::Agent { .. })
+            && place != (PortPlace::Channel { name: Some(AGENT.to_owned()) })
+        {
+            let text = format!("agent is at the other end of port=channel of the name {AGENT}");
+            return Err(Error::invalid(keys.field("to"), text));
+        }
         if matches!(place, PortPlace::Parallel { .. }) && matches!(to, PortEnd::Device { .. }) {
             let text = "parallel ports of the host are not given to guests; use a file, a socket or a stream";
             return Err(Error::unsupported(text).at(keys.field("to")));
@@ -217,6 +245,10 @@ impl PortDevice {
         let mode = |listen: bool| ("mode", if listen { "listen" } else { "connect" }.to_owned());
         match &self.to {
             PortEnd::Stream {} | PortEnd::Null {} | PortEnd::Screen {} => {}
+            PortEnd::Agent { clipboard, mouse } => {
+                all.extend(clipboard.then(|| ("clipboard", "true".to_owned())));
+                all.extend((!mouse).then(|| ("mouse", "false".to_owned())));
+            }
             PortEnd::File(file) => {
                 all.push(("path", file.path.clone()));
                 all.extend(file.append.then(|| ("append", "true".to_owned())));
@@ -254,7 +286,10 @@ fn channel(keys: &Keys<'_>) -> Result<Option<String>> {
         ));
     }
     // Those that each machine has, and what stands behind them.
-    let own = ["org.qemu.guest_agent.0", "com.redhat.spice.0"];
+    let own = ["org.qemu.guest_agent.0", AGENT];
+    if name == AGENT && keys.get("to") == Some("agent") {
+        return Ok(Some(name.to_owned()));
+    }
     if own.contains(&name) || name.starts_with("org.linuxcontainers.") || name.starts_with("org.karst.") {
         return Err(Error::invalid(
             keys.field("name"),
@@ -271,9 +306,10 @@ fn end(keys: &Keys<'_>) -> Result<PortEnd> {
         "device" => &["path"],
         "unix" => &["path", "mode"],
         "tcp" => &["address", "mode", "protocol"],
+        "agent" => &["clipboard", "mouse"],
         _ => &[],
     };
-    let of_others = ["path", "append", "mode", "address", "protocol"];
+    let of_others = ["path", "append", "mode", "address", "protocol", "clipboard", "mouse"];
     if let Some(key) = of_others.iter().find(|k| !used.contains(*k) && keys.get(k).is_some()) {
         return Err(Error::invalid(keys.field(key), format!("a port to {kind:?} has none")));
     }
@@ -283,6 +319,10 @@ fn end(keys: &Keys<'_>) -> Result<PortEnd> {
         "stream" => PortEnd::Stream {},
         "null" => PortEnd::Null {},
         "screen" => PortEnd::Screen {},
+        "agent" => PortEnd::Agent {
+            clipboard: keys.boolean("clipboard")?,
+            mouse: keys.get("mouse").is_none() || keys.boolean("mouse")?,
+        },
         "file" => PortEnd::File(PortFile { path: path(keys, "path")?, append: keys.boolean("append")? }),
         "device" => PortEnd::Device { path: path(keys, "path")? },
         "unix" => PortEnd::Unix { path: path(keys, "path")?, listen: listen()? },
@@ -325,6 +365,14 @@ mod tests {
         assert!(PORT_KEYS.windows(2).all(|w| w[0].0 < w[1].0));
         for pairs in [
             &[("port", "serial"), ("number", "1")][..],
+            &[("port", "debug"), ("to", "stream")],
+            &[
+                ("port", "channel"),
+                ("to", "agent"),
+                ("name", "com.redhat.spice.0"),
+                ("clipboard", "true"),
+                ("mouse", "false"),
+            ],
             &[("port", "parallel"), ("to", "file"), ("path", "/var/p"), ("append", "true")],
             &[("port", "console"), ("number", "2"), ("to", "null"), ("log", "/var/l"), ("log.append", "yes")],
             &[

@@ -15,6 +15,10 @@ pub const ELEMENTS: &[&str] = &["serial", "parallel", "console", "channel"];
 const AGENT: &str = "org.qemu.guest_agent.0";
 /// That of SPICE's agent, which goes with the screen.
 const SPICE: &str = "com.redhat.spice.0";
+/// The type of a channel that QEMU is at the other end of itself, for viewers by VNC.
+const AGENT_OF_QEMU: &str = "qemu-vdagent";
+/// Where firmware writes what it does.
+const DEBUG: u32 = 0x402;
 /// Addresses and interrupts of serial ports, which have always been there.
 const ISA: [(u32, u32); SERIAL_PORTS as usize] = [(0x3f8, 4), (0x2f8, 3), (0x3e8, 4), (0x2e8, 3)];
 
@@ -50,6 +54,28 @@ fn flag(e: &Element, attribute: &str) -> Result<bool, VirError> {
     }
 }
 
+/// QEMU's own side of SPICE's agent.
+fn agent(e: &Element) -> Result<PortEnd, VirError> {
+    let (mut clipboard, mut mouse) = (false, true);
+    for inner in e.find("source").map(Element::elements).unwrap_or_default() {
+        let word = |name: &str| inner.attribute(name).unwrap_or_default().to_owned();
+        match (inner.name(), word("copypaste").as_str(), word("mode").as_str()) {
+            ("clipboard", "yes", "") => clipboard = true,
+            ("clipboard", "no", "") => clipboard = false,
+            ("mouse", "", "client") => mouse = true,
+            ("mouse", "", "server") => mouse = false,
+            (other, ..) => {
+                let text = "copypaste of a clipboard is yes or no, the mode of a mouse client or server";
+                return Err(refuse(&format!("channel source {other}"), text));
+            }
+        }
+    }
+    match e.find("log") {
+        Some(_) => Err(refuse("channel log", "is not there for an agent's channel")),
+        None => Ok(PortEnd::Agent { clipboard, mouse }),
+    }
+}
+
 /// What is at the other end of one.
 ///
 /// # Errors
@@ -57,6 +83,9 @@ fn flag(e: &Element, attribute: &str) -> Result<bool, VirError> {
 fn end(e: &Element) -> Result<(PortEnd, Option<PortFile>), VirError> {
     let name = e.name();
     let source = e.find("source");
+    if e.attribute("type") == Some(AGENT_OF_QEMU) {
+        return Ok((agent(e)?, None));
+    }
     if e.all("source").count() > 1 {
         return Err(refuse(&format!("{name} source"), "there is one"));
     }
@@ -153,9 +182,20 @@ fn target(e: &Element) -> Option<&str> {
     e.find("target").and_then(|t| t.attribute("type"))
 }
 
+fn is_debug(e: &Element) -> bool {
+    e.name() == "serial" && target(e) == Some("isa-debug")
+}
+
 /// Where a serial port is says nothing else than its number.
 fn demand_isa(e: &Element, number: u32) -> Result<(), VirError> {
     let Some(address) = e.find("address").filter(|_| e.name() == "serial") else { return Ok(()) };
+    if is_debug(e) {
+        let at = address.attribute("iobase").map(hexadecimal);
+        return match address.attribute("type") == Some("isa") && at.is_none_or(|at| at == Some(DEBUG)) {
+            true => Ok(()),
+            false => Err(refuse("serial address", "that of isa-debug is 0x402, where firmware writes")),
+        };
+    }
     let of = |name: &str| address.attribute(name).map(hexadecimal);
     let usual = |(base, interrupt): (u32, u32)| {
         of("iobase").is_none_or(|n| n == Some(base)) && of("irq").is_none_or(|n| n == Some(interrupt))
@@ -183,7 +223,7 @@ pub fn is_own(channel: &Element) -> bool {
 /// XML error; CONFIG_UNSUPPORTED, naming the element.
 pub fn check(e: &Element) -> Result<(), VirError> {
     let known: &[&str] = match e.name() {
-        "serial" => &["isa-serial"],
+        "serial" => &["isa-serial", "isa-debug"],
         "parallel" => &[],
         "console" => &["serial", "virtio"],
         _ => &["virtio"],
@@ -200,10 +240,14 @@ pub fn check(e: &Element) -> Result<(), VirError> {
             return Ok(());
         }
         let name = e.find("target").and_then(|t| t.attribute("name"));
-        if let Some(name) = name.filter(|n| [AGENT, SPICE].contains(n)) {
+        let of_qemu = e.attribute("type") == Some(AGENT_OF_QEMU);
+        if of_qemu && name != Some(SPICE) {
+            return Err(refuse("channel target", format!("{AGENT_OF_QEMU} is of the name {SPICE}")));
+        }
+        if let Some(name) = name.filter(|n| !of_qemu && [AGENT, SPICE].contains(n)) {
             let text = format!(
                 "'{name}' is there for an agent, of type {}",
-                if name == AGENT { "unix" } else { "spicevmc" }
+                if name == AGENT { "unix" } else { "spicevmc or qemu-vdagent" }
             );
             return Err(refuse("channel", text));
         }
@@ -235,8 +279,10 @@ pub fn read(devices: &[Element]) -> Result<Vec<Port>, VirError> {
         if !own {
             let name = match place.number() {
                 Some(number) => format!("{}{number}", place.kind()),
+                None if place == (PortPlace::Debug {}) => "debug0".to_owned(),
                 None => {
-                    format!("channel{}", ports.iter().filter(|p| p.device.place.number().is_none()).count())
+                    let channel = |p: &&Port| matches!(p.device.place, PortPlace::Channel { .. });
+                    format!("channel{}", ports.iter().filter(channel).count())
                 }
             };
             ports.push(Port { name, device: PortDevice { place, to, log } });
@@ -251,6 +297,12 @@ pub fn read(devices: &[Element]) -> Result<Vec<Port>, VirError> {
     for name in ["serial", "parallel"] {
         let mut next = 0;
         for e in all(name) {
+            if is_debug(e) {
+                demand_isa(e, 0)?;
+                once(e, &PortPlace::Debug {})?;
+                add(PortPlace::Debug {}, e)?;
+                continue;
+            }
             let number = number(e)?.unwrap_or(next);
             next = number.saturating_add(1);
             let most = if name == "serial" { SERIAL_PORTS } else { PARALLEL_PORTS };
@@ -266,7 +318,7 @@ pub fn read(devices: &[Element]) -> Result<Vec<Port>, VirError> {
             add(place, e)?;
         }
     }
-    let serial = all("serial").next().is_some();
+    let serial = all("serial").any(|e| !is_debug(e));
     for (n, e) in (0u32..).zip(all("console")) {
         if target(e) == Some("virtio") {
             let place = PortPlace::Console { number: number(e)?.unwrap_or(n) };
@@ -306,6 +358,7 @@ pub fn shown(port: &PortDevice) -> Element {
         PortEnd::Stream {} => "pty",
         PortEnd::Null {} => "null",
         PortEnd::Screen {} => "vc",
+        PortEnd::Agent { .. } => AGENT_OF_QEMU,
         PortEnd::File(_) => "file",
         PortEnd::Device { .. } => "dev",
         PortEnd::Unix { .. } => "unix",
@@ -313,10 +366,18 @@ pub fn shown(port: &PortDevice) -> Element {
     };
     let on = |flag: bool| if flag { "on" } else { "off" };
     let mode = |listen: bool| if listen { "bind" } else { "connect" };
-    let mut e = Element::new(port.place.kind()).with("type", kind);
+    // Of the names that documents have it is a serial port.
+    let name = if port.place == (PortPlace::Debug {}) { "serial" } else { port.place.kind() };
+    let mut e = Element::new(name).with("type", kind);
     let source = || Element::new("source");
     match &port.to {
         PortEnd::Stream {} | PortEnd::Null {} | PortEnd::Screen {} => {}
+        PortEnd::Agent { clipboard, mouse } => {
+            let clipboard =
+                Element::new("clipboard").with("copypaste", if *clipboard { "yes" } else { "no" });
+            let mouse = Element::new("mouse").with("mode", if *mouse { "client" } else { "server" });
+            e.push(source().child(clipboard).child(mouse));
+        }
         PortEnd::File(file) => e.push(source().with("path", &file.path).with("append", on(file.append))),
         PortEnd::Device { path } => e.push(source().with("path", path)),
         PortEnd::Unix { path, listen } => e.push(source().with("mode", mode(*listen)).with("path", path)),
@@ -332,6 +393,7 @@ pub fn shown(port: &PortDevice) -> Element {
     let target = Element::new("target");
     e.push(match &port.place {
         PortPlace::Serial { number } => target.with("type", "isa-serial").with("port", number),
+        PortPlace::Debug {} => target.with("type", "isa-debug"),
         PortPlace::Parallel { number } => target.with("port", number),
         PortPlace::Console { number } => target.with("type", "virtio").with("port", number),
         PortPlace::Channel { name } => target.with("type", "virtio").with_some("name", name.as_ref()),
@@ -358,6 +420,7 @@ pub fn named(ports: &[(String, PortDevice)], name: Option<&str>) -> Result<Optio
         .map(|number| PortPlace::Serial { number })
         .or_else(|| numbered("parallel").map(|number| PortPlace::Parallel { number }))
         .or_else(|| numbered("console").map(|number| PortPlace::Console { number }));
+    let place = place.or_else(|| (name == "debug0").then_some(PortPlace::Debug {}));
     let channel = || at(PortPlace::Channel { name: Some(name.to_owned()) });
     let device = || ports.iter().find(|(device, _)| device == name).map(|(name, _)| name.clone());
     match place.and_then(at).or_else(channel).or_else(device) {
@@ -453,6 +516,15 @@ mod tests {
             "<channel type='pty'><target type='virtio'/></channel><channel type='spicevmc'><target type='virtio'/></channel>",
             &["channel0: port=channel to=stream"],
         ),
+        (
+            "<serial type='pty'><target type='isa-debug'/><address type='isa' iobase='0x402'/></serial><serial type='pty'/>",
+            &["debug0: port=debug to=stream"],
+        ),
+        (
+            "<channel type='qemu-vdagent'><source><clipboard copypaste='yes'/><mouse mode='server'/></source>\
+             <target type='virtio' name='com.redhat.spice.0'/></channel>",
+            &["channel0: port=channel to=agent name=com.redhat.spice.0 clipboard=true mouse=false"],
+        ),
     ];
 
     #[test]
@@ -499,8 +571,18 @@ mod tests {
                 "for an agent",
             ),
             (
-                "<channel type='qemu-vdagent'><target type='virtio' name='com.redhat.spice.0'/></channel>",
+                "<channel type='unix'><target type='virtio' name='com.redhat.spice.0'/></channel>",
                 "for an agent",
+            ),
+            ("<channel type='qemu-vdagent'><target type='virtio' name='x'/></channel>", "channel target"),
+            (
+                "<channel type='qemu-vdagent'><source><mouse mode='near'/></source>\
+                 <target type='virtio' name='com.redhat.spice.0'/></channel>",
+                "channel source mouse",
+            ),
+            (
+                "<serial type='pty'><target type='isa-debug'/><address type='isa' iobase='0xe9'/></serial>",
+                "serial address",
             ),
             (
                 "<channel type='unix'><source mode='connect' path='/x'><reconnect enabled='yes'/></source><target type='virtio'/></channel>",

@@ -10,7 +10,7 @@ use crate::{
 };
 use karst_model::{
     board::{MOST, UsbController, UsbModel, without_usual},
-    device::{DRIVE_FORMATS, DiskBus, DiskCache, DriveFormat, NIC_MODELS, NicModel, parse_mac},
+    device::{DRIVE_FORMATS, DiskBus, DiskCache, DriveFormat, NIC_MODELS, NicModel, PortEnd, parse_mac},
     display::{DisplayGuard, DisplayPassword, DisplayProtocol},
     instance::Firmware,
 };
@@ -104,6 +104,14 @@ pub fn machine(text: &str) -> Result<Machine, VirError> {
         screen: Screen::Unsaid,
         opaque,
     };
+    let of_qemu = |p: &ports::Port| matches!(p.device.to, PortEnd::Agent { .. });
+    let spice = devices.all("graphics").any(|g| protocol(g) == Some(DisplayProtocol::Spice));
+    if spice && all.ports.iter().any(of_qemu) {
+        return Err(refuse(
+            "channel",
+            "qemu-vdagent is for a machine without a screen of spice, whose agent it would be",
+        ));
+    }
     let q35 = all.machine.as_deref().is_some_and(|m| m == "q35" || m.starts_with("pc-q35-"));
     // Nothing is in such a drive, so no guest misses it before somebody puts something in.
     let of_pc = |disk: &Disk| disk.bus == DiskBus::Ide;
