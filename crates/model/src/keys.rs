@@ -6,7 +6,7 @@ use crate::{
     board::text as of_board,
     error::nearest,
     instance::InstanceKind,
-    keys_container, keys_machine, schedule, screens,
+    keys_container, keys_machine, maximum, schedule, screens,
     spec::{KERNEL_LIMITS, Limits, MemoryLimit},
     threads::{self, text},
 };
@@ -333,6 +333,7 @@ pub const INSTANCE_KEYS: &[Key] = &[
         true,
         "Share under contention (50%) or hard limit (25ms/100ms; finer: 12500us/50ms).",
     ),
+    key(maximum::CPUS, Integer(1, 4096), VirtualMachine, "limits.cpu", false, maximum::text::CPUS),
     key(
         "limits.cpu.nodes",
         Nodes,
@@ -388,6 +389,7 @@ pub const INSTANCE_KEYS: &[Key] = &[
         "A hard limit holds always, a soft one when the host is short of memory.",
     ),
     key("limits.memory.hard", Size, VirtualMachine, "no limit", true, text::HARD),
+    key(maximum::MEMORY, Size, VirtualMachine, "limits.memory", false, maximum::text::MEMORY),
     key("limits.memory.nodes", Nodes, VirtualMachine, "all", true, text::NODES),
     key(
         "limits.memory.oom_priority",
@@ -776,6 +778,7 @@ pub fn limits(config: &Config) -> Result<Limits> {
         ));
     }
     let cpu = set(config, "limits.cpu").map(|v| parse_cpus("config.limits.cpu", v)).transpose()?;
+    let (cpu_maximum, memory_maximum) = maximum::of(config, cpu.as_ref(), memory)?;
     let (memory_hard, memory_high) = threads::memory_limits(config, memory)?;
     let (memory, memory_share) = match memory {
         Some(MemoryLimit::Size { size }) => {
@@ -787,6 +790,8 @@ pub fn limits(config: &Config) -> Result<Limits> {
     };
     Ok(Limits {
         cpu_nodes,
+        cpu_maximum,
+        memory_maximum,
         pins: threads::pins(config, cpu.as_ref())?,
         cpu_shares: set(config, "limits.cpu.shares").and_then(|v| v.parse().ok()),
         memory_hard,

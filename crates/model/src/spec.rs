@@ -12,7 +12,7 @@ use crate::{
     firewall::{AclSpec, AddressSetSpec, ForwardSpec, Policy},
     image::Application,
     instance::{Firmware, Generation, InstanceKind},
-    key_values,
+    key_values, maximum,
     network::BridgeSpec,
     options::NicOptions,
     screens::ScreenOptions,
@@ -189,6 +189,9 @@ pub struct Limits {
     /// NUMA nodes of the host whose CPUs these are; all when absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cpu_nodes: Option<Vec<u32>>,
+    /// CPUs that a virtual machine can have without a new start; as its host likes when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cpu_maximum: Option<u32>,
     /// Memory in huge pages (containers), by their size as control groups name it: `2MB`.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub hugepages: BTreeMap<String, ByteSize>,
@@ -214,6 +217,9 @@ pub struct Limits {
     /// Memory as a share of the host's, percent, instead: what it is there its host puts into `memory` at each start and change.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub memory_share: Option<u32>,
+    /// Memory that is set aside at the start of a virtual machine; what it begins with when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory_maximum: Option<ByteSize>,
     /// Processes (containers).
     pub processes: Option<u32>,
     /// Priority when CPUs are contended (containers): 0 to 10, where 10 is the default.
@@ -271,8 +277,11 @@ impl Limits {
             return Ok(());
         };
         key_values::demand_memory("config.limits.memory", memory)?;
+        if let Some(most) = self.memory_maximum {
+            maximum::demand(most, memory)?;
+        }
         if let Some(hard) = self.memory_hard {
-            threads::demand_hard(hard, memory)?;
+            threads::demand_hard(hard, self.memory_maximum.unwrap_or(memory))?;
         }
         self.memory = Some(memory);
         Ok(())

@@ -5,6 +5,7 @@ use crate::{
     ByteSize, Config, Error, Result,
     key_values::parse_set,
     keys::set,
+    maximum,
     spec::{CpuLimit, MemoryLimit},
 };
 use serde::{Deserialize, Serialize};
@@ -334,7 +335,7 @@ pub fn memory_limits(
     let (hard, soft) = (size("limits.memory.hard")?, size("limits.memory.soft")?);
     let memory = memory.unwrap_or(MemoryLimit::Size { size: ByteSize::gib(1) });
     if let (Some(hard), MemoryLimit::Size { size }) = (hard, memory) {
-        demand_hard(hard, size)?;
+        demand_hard(hard, maximum::memory(config)?.map_or(size, |most| most.max(size)))?;
     }
     if let (Some(hard), Some(soft)) = (hard, soft)
         && soft > hard

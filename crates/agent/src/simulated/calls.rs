@@ -377,14 +377,7 @@ calls! {
         let before = slots(&guest.spec);
         let mut pending = vec![];
         if spec.kind == InstanceKind::VirtualMachine {
-            for (key, changed) in [
-                ("limits.cpu", spec.limits.cpu != guest.spec.limits.cpu),
-                ("limits.memory", spec.limits.memory != guest.spec.limits.memory),
-            ] {
-                if changed {
-                    pending.push(key.to_owned());
-                }
-            }
+            pending.extend(super::threads::resize(&mut guest.spec, &spec));
             // What it shares with its host is not plugged while it runs.
             let shared = |disks: &[DiskSpec]| -> Vec<_> {
                 disks.iter().filter(|d| d.path.is_some()).cloned().collect()

@@ -120,7 +120,8 @@ impl State {
 fn shape(spec: &GuestSpec) -> String {
     let disks: Vec<_> = spec.disks.iter().map(|d| &d.slot).collect();
     let nics: Vec<_> = spec.nics.iter().map(|n| (&n.slot, &n.mac)).collect();
-    format!("{:?} {:?} {disks:?} {nics:?}", spec.limits.memory, spec.limits.cpu)
+    let set_aside = spec.limits.memory_maximum.or(spec.limits.memory);
+    format!("{set_aside:?} {:?} {disks:?} {nics:?}", spec.limits.cpu)
 }
 
 fn granted(path: &str) -> Result<()> {

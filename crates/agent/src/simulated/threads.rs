@@ -2,7 +2,7 @@
 
 use super::state::Guest;
 use karst_model::{
-    Error, Result,
+    ByteSize, Error, Result, maximum,
     spec::{DiskSpec, GuestSpec, Limits},
     threads::{IOTHREADS, IoThread, SCSI_IOTHREAD},
 };
@@ -32,8 +32,9 @@ pub(super) fn update(guest: &mut Guest, new: &GuestSpec, drives: &mut [DiskSpec]
             drive.io.thread = *had;
         }
     }
-    let Limits { cpu, memory, memory_share, .. } = guest.spec.limits.clone();
-    guest.spec.limits = Limits { cpu, memory, memory_share, ..new.limits.clone() };
+    let Limits { cpu, memory, memory_share, cpu_maximum, memory_maximum, .. } = guest.spec.limits.clone();
+    let set_aside = Limits { cpu, memory, memory_share, cpu_maximum, memory_maximum, ..new.limits.clone() };
+    guest.spec.limits = set_aside;
     let (Some(machine), Some(wanted)) = (&mut guest.spec.machine, &new.machine) else { return pending };
     used.extend(machine.scsi_iothread);
     if machine.scsi_iothread != wanted.scsi_iothread {
@@ -47,6 +48,34 @@ pub(super) fn update(guest: &mut Guest, new: &GuestSpec, drives: &mut [DiskSpec]
     }
     machine.iothreads = wanted.iothreads.iter().copied().chain(kept).collect();
     machine.iothreads.sort_by_key(|t| t.id);
+    pending
+}
+
+/// Gives a machine processors and memory within what its start has set aside, where a key says how much that is; answers the keys
+/// that wait for the next start. Each of its guests follows at once.
+pub(super) fn resize(now: &mut GuestSpec, wanted: &GuestSpec) -> Vec<String> {
+    let (has, new) = (&mut now.limits, &wanted.limits);
+    let mut pending = vec![];
+    let memory = |limits: &Limits| limits.memory.unwrap_or(ByteSize::gib(1));
+    let set_aside = has.memory_maximum.unwrap_or(memory(has));
+    if new.memory_maximum == Some(set_aside) && memory(new) <= set_aside {
+        (has.memory, has.memory_share, has.memory_maximum) = (new.memory, new.memory_share, Some(set_aside));
+    } else if new.memory != has.memory {
+        pending.push("limits.memory".to_owned());
+    }
+    if new.memory_maximum.is_some_and(|most| most != set_aside) {
+        pending.push(maximum::MEMORY.to_owned());
+    }
+    let count = |limits: &Limits| maximum::count(limits.cpu.as_ref());
+    let places = has.cpu_maximum.unwrap_or(count(has));
+    if new.cpu_maximum.is_some_and(|most| most <= places) && count(new) <= places {
+        (has.cpu, has.cpu_maximum) = (new.cpu.clone(), Some(places));
+    } else if new.cpu != has.cpu {
+        pending.push("limits.cpu".to_owned());
+    }
+    if new.cpu_maximum.is_some_and(|most| most > places) {
+        pending.push(maximum::CPUS.to_owned());
+    }
     pending
 }
 

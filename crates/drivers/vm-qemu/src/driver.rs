@@ -438,6 +438,7 @@ impl Shared {
                     None => {}
                 }
                 plug::before_first(&qmp, guest).await?;
+                resize::before_first(&qmp, record).await?;
                 self.place(&qmp, &keeper, guest, groups, &record.placed).await?;
                 if !paused {
                     saved::discard(dir)?;
@@ -696,6 +697,7 @@ impl GuestDriver for QemuDriver {
         threads::add(&machine, iothreads).await?;
         pending.extend(plug::apply(&machine, guest).await?);
         pending.extend(resize::apply(&machine, &new).await?);
+        pending.extend(resize::room(&machine.record(), &guest.limits));
         pending.extend(threads::remove(&machine, iothreads).await?);
         threads::place_anew(&machine, &guest.limits.pins, &cpus).await?;
         let version = {

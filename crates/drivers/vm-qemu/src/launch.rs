@@ -8,7 +8,7 @@ use crate::{
     placement::Placed,
     ports,
     probe::kvm_group,
-    record::Record,
+    record::{Record, first_balloon},
     seed, share, threads,
 };
 use karst_guest::{
@@ -338,6 +338,7 @@ fn nvram(dir: &Path, name: &str, template: &str) -> Result<OwnedFd> {
 pub(crate) fn hold(guest: &ResolvedGuest) -> bool {
     guest.nics.iter().any(|n| n.disconnected)
         || !guest.limits.pins.is_empty()
+        || first_balloon(guest).is_some()
         || guest.machine.as_ref().is_some_and(|m| m.resume || m.paused)
 }
 

@@ -132,9 +132,30 @@ pub(crate) struct Record {
     pub(crate) exit: Option<ExitReason>,
 }
 
-/// Bytes of memory, in whole MiB.
-pub(crate) fn memory(guest: &ResolvedGuest) -> u64 {
+/// Bytes of memory that it begins with, in whole MiB.
+fn first_memory(guest: &ResolvedGuest) -> u64 {
     guest.limits.memory.map_or(DEFAULT_MEMORY, |m| m.round_up(1 << 20).bytes())
+}
+
+/// Bytes of memory that are set aside, in whole MiB.
+pub(crate) fn memory(guest: &ResolvedGuest) -> u64 {
+    let first = first_memory(guest);
+    guest.limits.memory_maximum.map_or(first, |most| most.round_up(1 << 20).bytes().max(first))
+}
+
+/// What its balloon leaves it of that from its first instruction on, where that is less.
+pub(crate) fn first_balloon(guest: &ResolvedGuest) -> Option<u64> {
+    Some(first_memory(guest)).filter(|first| *first < memory(guest))
+}
+
+/// The places for processors that it was said to have; with secure boot there are none beside those that it begins with
+/// ([`most_cpus`]).
+fn room(guest: &ResolvedGuest) -> Option<u32> {
+    let machine = guest.machine.as_ref().filter(|m| m.firmware != Firmware::UefiSecure);
+    let topology = machine.and_then(|m| m.board.topology);
+    let said = guest.limits.cpu_maximum.filter(|_| machine.is_some());
+    let said = said.map(|most| most.max(cpu_count(guest.limits.cpu.as_ref())));
+    topology.map(|t| t.processors()).or(said)
 }
 
 impl Record {
@@ -151,15 +172,14 @@ impl Record {
             accelerator: guest.accelerator,
             memory: memory(guest),
             cpus: cpu_count(guest.limits.cpu.as_ref()),
-            max_cpus: match guest.machine.as_ref().and_then(|m| Some((m.board.topology?, m.firmware))) {
-                // Others have the room, and keep the processors that they began with ([`most_cpus`]).
-                Some((topology, firmware)) if firmware != Firmware::UefiSecure => topology.processors(),
-                _ => most_cpus(
+            max_cpus: match room(guest) {
+                Some(room) => room,
+                None => most_cpus(
                     guest.machine.as_ref().map(|m| m.firmware),
                     cpu_count(guest.limits.cpu.as_ref()),
                 ),
             },
-            balloon: None,
+            balloon: first_balloon(guest),
             cpu: guest.limits.cpu.clone(),
             pins: guest.limits.pins.clone(),
             memory_nodes: guest.limits.memory_nodes.clone(),

@@ -1,9 +1,9 @@
 //! Processors and memory of a machine that runs: processors are plugged up to the number that was set aside at its start,
-//! memory is taken by its balloon and given back, up to its size then.
+//! memory is taken by its balloon and given back, up to what was set aside then.
 
 use crate::{launch, machine::Machine, qmp::Qmp, record::Record};
 use karst_guest::ExecRequest;
-use karst_model::{Error, Result, instance::Firmware, node::AcceleratorKind};
+use karst_model::{Error, Result, instance::Firmware, maximum, node::AcceleratorKind, spec::Limits};
 use serde_json::{Value, json};
 use std::{collections::BTreeMap, time::Duration};
 use tokio::time::{Instant, sleep, timeout};
@@ -53,13 +53,14 @@ pub(crate) async fn apply(machine: &Machine, wanted: &Record) -> Result<Vec<Stri
     let mut pending = vec![];
     let balloon = now.hardware.as_ref().is_some_and(|h| h.balloon);
     let size = now.balloon.unwrap_or(now.memory);
-    if size != wanted.memory {
-        if balloon && wanted.memory <= now.memory {
-            if !set_memory(machine, wanted.memory).await? {
+    let goal = wanted.balloon.unwrap_or(wanted.memory);
+    if size != goal {
+        if balloon && goal <= now.memory {
+            if !set_memory(machine, goal).await? {
                 pending.push("limits.memory".to_owned());
             }
             note(machine, |r| {
-                r.balloon = (wanted.memory != r.memory).then_some(wanted.memory);
+                r.balloon = (goal != r.memory).then_some(goal);
             })?;
         } else {
             pending.push("limits.memory".to_owned());
@@ -74,6 +75,29 @@ pub(crate) async fn apply(machine: &Machine, wanted: &Record) -> Result<Vec<Stri
         }
     }
     Ok(pending)
+}
+
+/// Keys of what is set aside that a machine started with something else for. More places for processors than were wanted are
+/// nobody's loss; with secure boot there are none at all.
+pub(crate) fn room(now: &Record, limits: &Limits) -> Vec<String> {
+    let memory = limits.memory_maximum.map(|most| most.round_up(1 << 20).bytes());
+    let secure = now.hardware.as_ref().is_some_and(|h| h.firmware == Firmware::UefiSecure);
+    let waits = [
+        (maximum::MEMORY, memory.is_some_and(|most| most != now.memory)),
+        (maximum::CPUS, !secure && limits.cpu_maximum.is_some_and(|most| most > now.max_cpus)),
+    ];
+    waits.into_iter().filter(|(_, waits)| *waits).map(|(key, _)| key.to_owned()).collect()
+}
+
+/// Tells the balloon of a machine what it is to leave, before the first instruction, and before the first after its memory was
+/// loaded, whose balloon had another goal then.
+pub(crate) async fn before_first(qmp: &Qmp, record: &Record) -> Result<()> {
+    let has = record.hardware.as_ref().is_some_and(|h| h.balloon);
+    if has && (record.balloon.is_some() || record.resuming) {
+        let left = record.balloon.unwrap_or(record.memory);
+        qmp.execute("balloon", json!({"value": left})).await?;
+    }
+    Ok(())
 }
 
 fn note(machine: &Machine, change: impl FnOnce(&mut Record)) -> Result<()> {
@@ -198,6 +222,7 @@ async fn bring_up(machine: &Machine) {
 mod tests {
     use super::*;
     use AcceleratorKind::{Kvm, Tcg};
+    use karst_model::{ByteSize, spec::MachineSpec};
 
     #[test]
     fn a_processor_that_cannot_come_back_does_not_go() {
@@ -215,5 +240,24 @@ mod tests {
             cpus_live(Kvm, None, 8, 2, 4) && !cpus_live(Kvm, None, 4, 4, 2) && !cpus_live(Tcg, None, 4, 2, 4)
         );
         assert!(most_cpus(bios, 300) == 300 && most_cpus(None, 1) >= 1);
+    }
+
+    #[test]
+    fn what_is_set_aside_is_of_the_start() {
+        let (machine, _) = crate::machine::without_owner("/nonexistent".into());
+        let mut record = machine.record().clone();
+        (record.memory, record.max_cpus) = (1 << 30, 4);
+        let of = |record: &Record, memory: Option<ByteSize>, cpus: Option<u32>| {
+            room(record, &Limits { memory_maximum: memory, cpu_maximum: cpus, ..Limits::default() })
+        };
+        assert!(of(&record, None, None).is_empty());
+        assert!(of(&record, Some(ByteSize::gib(1)), Some(4)).is_empty());
+        // In whole MiB, and of processors there may be more places.
+        assert!(of(&record, Some(ByteSize((1 << 30) - 1024)), Some(2)).is_empty());
+        assert_eq!(of(&record, Some(ByteSize::gib(2)), None), [maximum::MEMORY]);
+        assert_eq!(of(&record, Some(ByteSize::mib(512)), Some(5)), [maximum::MEMORY, maximum::CPUS]);
+        let secure = MachineSpec { firmware: Firmware::UefiSecure, ..karst_guest::samples::machine(7) };
+        record.hardware = Some(secure);
+        assert!(of(&record, None, Some(5)).is_empty());
     }
 }

@@ -225,7 +225,7 @@ pub(crate) fn demand_words_fit(shape: &str, share: Option<u32>, record: &mut Rec
     demand_shape(shape, share, record)
 }
 
-fn demand_shape(shape: Shape, share: Option<u32>, record: &mut Record) -> Result<()> {
+fn demand_shape(mut shape: Shape, share: Option<u32>, record: &mut Record) -> Result<()> {
     record.max_cpus = shape.max_cpus;
     if let Some(percent) = share {
         // A host counts its memory a little otherwise with another kernel. Half a percent of it is no other share.
@@ -236,6 +236,10 @@ fn demand_shape(shape: Shape, share: Option<u32>, record: &mut Record) -> Result
     }
     if shape.balloon == Some(record.memory) {
         (record.memory, record.balloon) = (shape.memory, shape.balloon);
+    }
+    if shape.memory == record.memory {
+        // The balloon is told what it is to leave now before the guest goes on.
+        shape.balloon = record.balloon;
     }
     match shape.differs(&Shape::of(record)) {
         None => Ok(()),
@@ -502,6 +506,11 @@ mod tests {
                 "{memory} {share:?}: {e}"
             );
         }
+        // The same memory was set aside, of which the balloon leaves another part now.
+        let mut record = machine.record().clone();
+        record.balloon = Some(700 << 20);
+        demand_words_fit(&words, None, &mut record).unwrap();
+        assert_eq!((record.memory, record.balloon), (1000 << 20, Some(700 << 20)));
         // The balloon has the rest, as it had then.
         machine.record().balloon = Some(800 << 20);
         let words = shape(&machine).unwrap().words;

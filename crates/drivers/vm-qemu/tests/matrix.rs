@@ -71,6 +71,7 @@ fn guest(place: &Place, kind: Kind, n: u128) -> ResolvedGuest {
     }
     guest.limits.cpu = None;
     guest.limits.memory = Some(ByteSize::mib(384));
+    guest.limits.memory_maximum = Some(ByteSize::mib(512));
     guest.root.slot = kind.bus.into();
     let pci = matches!(kind.bus, "virtio0" | "nvme0");
     guest.root.pci = pci.then(|| if pc { "00:09.0".into() } else { "02:00.0".into() });
@@ -224,6 +225,8 @@ async fn one(place: &Place, driver: &dyn GuestDriver, kind: Kind, n: u128) {
         shell.until(&size, &grown.to_string());
     }
 
+    // It begins with less than was set aside for it.
+    shell.until("free -m | awk '/^Mem/ { print ($2 > 260 && $2 < 390) }'", "1");
     // Processors and memory within what was set aside; more waits for the next start.
     guest.spec_version += 1;
     let hotplug = kind.firmware != Firmware::UefiSecure;
@@ -249,9 +252,14 @@ async fn one(place: &Place, driver: &dyn GuestDriver, kind: Kind, n: u128) {
         assert_eq!(driver.update(&guest).await.unwrap().pending, Vec::<String>::new());
     }
     shell.until("free -m | awk '/^Mem/ { print ($2 > 260) }'", "1");
+    // Beyond what it began with.
+    guest.spec_version += 1;
+    guest.limits.memory = Some(ByteSize::mib(512));
+    assert_eq!(driver.update(&guest).await.unwrap().pending, Vec::<String>::new());
+    shell.until("free -m | awk '/^Mem/ { print ($2 > 400) }'", "1");
     let mut more = guest.clone();
     more.limits.cpu = Some(CpuLimit::Count { n: 4000 });
-    more.limits.memory = Some(ByteSize::mib(512));
+    more.limits.memory = Some(ByteSize::mib(640));
     assert_eq!(driver.update(&more).await.unwrap().pending, ["limits.memory", "limits.cpu"]);
     driver.update(&guest).await.unwrap();
 
@@ -311,7 +319,7 @@ async fn one(place: &Place, driver: &dyn GuestDriver, kind: Kind, n: u128) {
     // It fits this machine only; that is said and it stays.
     let mut other = guest.clone();
     next(&mut other, true);
-    other.limits.memory = Some(ByteSize::mib(512));
+    other.limits.memory = Some(ByteSize::mib(640));
     let e = driver.start(&other).await.unwrap_err();
     assert!(e.is(ErrorKind::Conflict) && e.message.contains("limits.memory"), "{e}");
     next(&mut guest, true);

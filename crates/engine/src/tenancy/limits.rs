@@ -7,7 +7,7 @@ use karst_model::{
     ByteSize, Config, Error, ErrorKind, ProjectId, Result, VolumeId,
     device::Devices,
     instance::{Instance, InstanceKind},
-    keys,
+    keys, maximum,
     profile::Profile,
     project::Project,
     spec::{CpuLimit, Limits},
@@ -83,10 +83,13 @@ pub(crate) fn expanded(
 /// Limits that a running guest has apart from its record; none where it has those of its record.
 fn held_limits(records: &Records, instance: &Instance) -> Option<Limits> {
     let run = records.runtimes.get(&instance.id).and_then(|r| r.applied.as_ref())?;
-    let keys = ["limits.cpu", "limits.memory", "limits.processes"];
-    let held = keys.into_iter().filter(|key| run.held.contains(*key));
-    let held: Config = held.filter_map(|key| Some((key.to_owned(), run.config.get(key)?.clone()))).collect();
-    (!held.is_empty()).then(|| keys::limits(&held).unwrap_or_default())
+    let keys = ["limits.cpu", "limits.memory", maximum::MEMORY, "limits.processes"];
+    if !keys.iter().any(|key| run.held.contains(*key)) {
+        return None;
+    }
+    // All of them, for they have to fit each other.
+    let has = keys.into_iter().filter_map(|key| Some((key.to_owned(), run.config.get(key)?.clone())));
+    Some(keys::limits(&has.collect()).unwrap_or_default())
 }
 
 /// The instances of a project as they are to be.
@@ -159,6 +162,10 @@ impl ProjectUsage {
         }
         // What was checked when it was written parses; what does not adds nothing and is missing.
         let mut limits = keys::limits(&config).unwrap_or_default();
+        // What is set aside a guest can have, whatever its balloon is to hold of it.
+        let set_aside =
+            |limits: &Limits| limits.memory.map(|m| limits.memory_maximum.map_or(m, |most| most.max(m)));
+        limits.memory = set_aside(&limits);
         if let Some(run) = held_limits(records, instance) {
             // Of what runs and what is defined, the larger: the one is there now, the other at the next start.
             let count = |cpu: &Option<CpuLimit>| match cpu {
@@ -169,7 +176,7 @@ impl ProjectUsage {
             if limits.cpu.is_some() && count(&run.cpu) > count(&limits.cpu) {
                 limits.cpu = run.cpu;
             }
-            limits.memory = limits.memory.map(|size| run.memory.map_or(size, |more| size.max(more)));
+            limits.memory = limits.memory.map(|size| set_aside(&run).map_or(size, |more| size.max(more)));
             limits.processes = limits.processes.map(|n| run.processes.map_or(n, |more| n.max(more)));
         }
         match limits.cpu {
