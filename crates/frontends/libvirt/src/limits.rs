@@ -4,6 +4,7 @@ use crate::{calls::connect::facts, error::VirError, session::Call};
 use karst_engine::InstanceView;
 use karst_model::{
     Config,
+    board::Board,
     instance::InstanceKind,
     keys, spec,
     threads::{self, Thread},
@@ -11,11 +12,14 @@ use karst_model::{
 
 /// Memory of a virtual machine that says nothing, bytes.
 const MACHINE_MEMORY: u64 = 1 << 30;
+const TOPOLOGY: &str = "hardware.cpu.topology";
 
 /// Limits of a guest.
 pub struct Limits {
     kind: InstanceKind,
     limits: spec::Limits,
+    /// How many processors its topology has, where it says one.
+    room: Option<u32>,
 }
 
 /// Those of a guest: what it runs with, else what it will start with.
@@ -31,7 +35,9 @@ pub fn of(view: &InstanceView) -> Result<Limits, VirError> {
 /// # Errors
 /// Invalid, when it is.
 pub fn of_config(kind: InstanceKind, config: &Config) -> Result<Limits, VirError> {
-    Ok(Limits { kind, limits: keys::limits(config)? })
+    let says_topology = config.get(TOPOLOGY).is_some_and(|text| !text.is_empty());
+    let topology = if says_topology { Board::of(config)?.topology } else { None };
+    Ok(Limits { kind, limits: keys::limits(config)?, room: topology.map(|t| t.processors()) })
 }
 
 impl Limits {
@@ -46,6 +52,20 @@ impl Limits {
             (None, InstanceKind::VirtualMachine) => Ok(1),
             (None, InstanceKind::Container) => Ok(facts(call)?.cpus),
         }
+    }
+
+    /// CPUs that it can have, which is what a topology has.
+    ///
+    /// # Errors
+    /// Those of asking for the host's.
+    pub fn most_cpus(&self, call: &Call) -> Result<u32, VirError> {
+        let now = self.cpus(call)?;
+        Ok(self.room.or(self.limits.cpu_maximum).map_or(now, |most| most.max(now)))
+    }
+
+    /// Does a topology say how many CPUs it can have?
+    pub fn topology(&self) -> Option<u32> {
+        self.room
     }
 
     /// CPUs of the host that it is pinned to: those of its threads that are not pinned apart.
@@ -66,6 +86,16 @@ impl Limits {
         }
     }
 
+    /// The memory that it can have, KiB: what is set aside for a machine.
+    ///
+    /// # Errors
+    /// Those of asking for the host's.
+    pub fn most_memory_kib(&self, call: &Call) -> Result<u64, VirError> {
+        let now = self.memory_kib(call)?;
+        let most = self.limits.memory_maximum.map(|size| size.round_up(1 << 20).bytes() / 1024);
+        Ok(most.map_or(now, |most| most.max(now)))
+    }
+
     /// Memory in KiB.
     ///
     /// # Errors
@@ -76,6 +106,10 @@ impl Limits {
             None => self.limits.memory,
         };
         let bytes = match (memory, self.kind) {
+            // What a balloon leaves is as it was said; a machine as such is of whole MiB.
+            (Some(size), InstanceKind::VirtualMachine) if self.limits.memory_maximum.is_some() => {
+                size.bytes()
+            }
             (Some(size), InstanceKind::VirtualMachine) => size.round_up(1 << 20).bytes(),
             (Some(size), InstanceKind::Container) => size.bytes(),
             (None, InstanceKind::VirtualMachine) => MACHINE_MEMORY,

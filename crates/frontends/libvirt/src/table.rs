@@ -5,7 +5,7 @@ use crate::{
     calls::{
         backup, checkpoints, connect, console, copies, cpu, define, devices, domain, event, figures,
         graphics, host, inside, machine, memory, monitor, network, networks, nodedev, nwfilter, plugged,
-        pools, power, secret, snapshots, stats, storage, threads, transfer, tuning, volumes,
+        pools, power, secret, sizes, snapshots, stats, storage, threads, transfer, tuning, volumes,
     },
     error::{Code, VirError},
     frame::QEMU,
@@ -69,8 +69,8 @@ pub const PROCEDURES: &[Procedure] = procedures! {
     14 DOMAIN_GET_XML_DESC See domain::xml;
     15 DOMAIN_GET_AUTOSTART See domain::autostart;
     16 DOMAIN_GET_INFO See domain::info;
-    17 DOMAIN_GET_MAX_MEMORY See domain::max_memory;
-    18 DOMAIN_GET_MAX_VCPUS See domain::max_vcpus;
+    17 DOMAIN_GET_MAX_MEMORY See sizes::max_memory;
+    18 DOMAIN_GET_MAX_VCPUS See sizes::max_vcpus;
     19 DOMAIN_GET_OS_TYPE See domain::os_type;
     20 DOMAIN_GET_VCPUS See figures::vcpus;
     21 CONNECT_LIST_DEFINED_DOMAINS See domain::defined_names;
@@ -82,9 +82,9 @@ pub const PROCEDURES: &[Procedure] = procedures! {
     27 DOMAIN_REBOOT Change power::reboot;
     28 DOMAIN_RESUME Change power::resume;
     29 DOMAIN_SET_AUTOSTART Change domain::set_autostart;
-    30 DOMAIN_SET_MAX_MEMORY Change devices::set_max_memory;
-    31 DOMAIN_SET_MEMORY Change devices::set_memory;
-    32 DOMAIN_SET_VCPUS Change devices::set_vcpus;
+    30 DOMAIN_SET_MAX_MEMORY Change sizes::set_max_memory;
+    31 DOMAIN_SET_MEMORY Change sizes::set_memory;
+    32 DOMAIN_SET_VCPUS Change sizes::set_vcpus;
     33 DOMAIN_SHUTDOWN Change power::shutdown;
     34 DOMAIN_SUSPEND Change power::suspend;
     35 DOMAIN_UNDEFINE Change define::undefine;
@@ -218,12 +218,12 @@ pub const PROCEDURES: &[Procedure] = procedures! {
     196 DOMAIN_CREATE_WITH_FLAGS Change power::create_with_flags;
     197 DOMAIN_SET_MEMORY_PARAMETERS Change tuning::set_memory;
     198 DOMAIN_GET_MEMORY_PARAMETERS See tuning::memory;
-    199 DOMAIN_SET_VCPUS_FLAGS Change devices::set_vcpus_flags;
-    200 DOMAIN_GET_VCPUS_FLAGS See domain::vcpus;
+    199 DOMAIN_SET_VCPUS_FLAGS Change sizes::set_vcpus_flags;
+    200 DOMAIN_GET_VCPUS_FLAGS See sizes::vcpus;
     201 DOMAIN_OPEN_CONSOLE Change console::open;
     202 DOMAIN_IS_UPDATED See domain::is_updated;
     203 CONNECT_GET_SYSINFO See nodedev::sysinfo;
-    204 DOMAIN_SET_MEMORY_FLAGS Change devices::set_memory_flags;
+    204 DOMAIN_SET_MEMORY_FLAGS Change sizes::set_memory_flags;
     205 DOMAIN_SET_BLKIO_PARAMETERS Change tuning::set_disks;
     206 DOMAIN_GET_BLKIO_PARAMETERS See tuning::disks;
     208 STORAGE_VOL_UPLOAD Change transfer::upload;
@@ -329,7 +329,7 @@ pub const PROCEDURES: &[Procedure] = procedures! {
     378 STORAGE_VOL_GET_INFO_FLAGS See storage::volume_info_flags;
     380 CONNECT_SECRET_EVENT_REGISTER_ANY See event::secret_register;
     381 CONNECT_SECRET_EVENT_DEREGISTER_ANY See event::secret_deregister;
-    384 DOMAIN_SET_VCPU Change devices::set_vcpu;
+    384 DOMAIN_SET_VCPU Change sizes::set_vcpu;
     386 DOMAIN_SET_BLOCK_THRESHOLD Change figures::set_threshold;
     388 DOMAIN_MANAGED_SAVE_GET_XML_DESC See machine::managed_save_xml;
     389 DOMAIN_MANAGED_SAVE_DEFINE_XML Change machine::managed_save_define;

@@ -23,6 +23,7 @@ mod read_only;
 mod remote;
 mod secrets;
 mod sides;
+mod sizes;
 mod support;
 mod threads;
 mod volumes;

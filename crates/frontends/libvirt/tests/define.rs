@@ -110,8 +110,9 @@ async fn what_is_defined_is_shown_again_in_meaning() {
     for name in ["features", "cpu", "clock"] {
         assert_eq!(e.find(name), document(&text).unwrap().find(name), "{name}");
     }
-    // There is one size of memory.
-    assert_eq!(e.find("currentMemory").map(Element::body), Some("262144"), "{shown}");
+    assert_eq!(e.find("memory").map(Element::body), Some("262144"), "{shown}");
+    assert_eq!(e.find("currentMemory").map(Element::body), Some("131072"), "{shown}");
+    assert!(shown.contains("<vcpu placement='static' current='1'>2</vcpu>"), "{shown}");
     let devices = e.find("devices").unwrap();
     for name in ["controller", "input", "video", "tpm"] {
         assert_eq!(
@@ -132,7 +133,14 @@ async fn what_is_defined_is_shown_again_in_meaning() {
     let admin = Context::new(Principal::system());
     let view = server.engine.instance(&admin, "default", "v1").unwrap();
     assert_eq!(view.instance.id.to_string(), UUID);
-    assert_eq!(view.expanded_config.get("limits.memory").map(String::as_str), Some("262144KiB"));
+    for (key, value) in [
+        ("limits.memory", "131072KiB"),
+        ("limits.memory.maximum", "262144KiB"),
+        ("limits.cpu", "1"),
+        ("limits.cpu.maximum", "2"),
+    ] {
+        assert_eq!(view.expanded_config.get(key).map(String::as_str), Some(value), "{key}");
+    }
     assert_eq!(view.expanded_config.get("hardware.hyperv").map(String::as_str), Some("true"));
     assert_eq!(view.expanded_config.get("hardware.clock"), None);
     assert_eq!(view.instance.identities["vda"].pci.as_deref(), Some("05:00.0"));
@@ -288,7 +296,8 @@ async fn a_document_changes_what_it_changes() {
     });
     define(&mut client, &edited).await.unwrap();
     let after = server.engine.instance(&admin, "default", "v1").unwrap();
-    assert_eq!(after.expanded_config["limits.memory"], "524288KiB");
+    assert_eq!(after.expanded_config["limits.memory"], "131072KiB");
+    assert_eq!(after.expanded_config["limits.memory.maximum"], "524288KiB");
     assert_eq!(after.expanded_devices["vda"]["io.cache"], "writeback");
     assert_eq!(after.expanded_devices["net0"]["connected"], "false");
     assert_eq!(after.instance.identities, before.instance.identities);

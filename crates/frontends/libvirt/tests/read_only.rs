@@ -166,7 +166,7 @@ async fn the_engine_denies_changes_whatever_the_socket() {
         ("DOMAIN_RESET", [on.clone(), n(&[0])].concat()),
         ("DOMAIN_SET_AUTOSTART", [off.clone(), n(&[1])].concat()),
         ("DOMAIN_SET_MEMORY_FLAGS", [off.clone(), n(&[0, 524_288, 2])].concat()),
-        ("DOMAIN_SET_VCPUS_FLAGS", [off.clone(), n(&[2, 2])].concat()),
+        ("DOMAIN_SET_VCPUS_FLAGS", [off.clone(), n(&[1, 2])].concat()),
         ("DOMAIN_UNDEFINE_FLAGS", [off.clone(), n(&[4])].concat()),
         ("DOMAIN_DEFINE_XML", text(domain)),
         ("DOMAIN_CREATE_XML", [text(domain), n(&[0])].concat()),

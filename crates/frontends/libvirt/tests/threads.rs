@@ -135,7 +135,10 @@ async fn threads_pins_and_limits_of_a_document_are_keys_and_are_shown() {
     let ours = |k: &&String| {
         k.starts_with("hardware.iothread") || k.starts_with("limits.") || k.starts_with("hardware.scsi")
     };
-    assert_eq!(left.iter().filter(ours).collect::<Vec<_>>(), ["limits.cpu", "limits.memory"]);
+    assert_eq!(
+        left.iter().filter(ours).collect::<Vec<_>>(),
+        ["limits.cpu", "limits.cpu.maximum", "limits.memory", "limits.memory.maximum"]
+    );
     let plain = dump(&mut client, "v1", CONFIG).await;
     assert!(!plain.contains("iothread") && !plain.contains("tune>"), "{plain}");
     // As is refused what contradicts itself.

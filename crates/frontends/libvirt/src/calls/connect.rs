@@ -20,7 +20,7 @@ const LIBRARY: u64 = 9_000_000;
 const READ_ONLY: u32 = 1;
 const NO_ALIASES: u32 = 2;
 /// Most CPUs of a guest that clients are told.
-const MAX_VCPUS: i32 = 288;
+pub(super) const MAX_VCPUS: i32 = 288;
 /// The feature of descriptors beside calls.
 const DESCRIPTORS: i32 = 8;
 /// Features that clients ask for before they rely on them: descriptors (where the connection passes any), strings in typed parameters, keepalive, events by

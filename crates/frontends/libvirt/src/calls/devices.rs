@@ -1,4 +1,5 @@
-//! Devices and sizes of a machine that is there: attached, detached, changed; memory, processors, rates.
+//! Devices of a machine that is there: attached, detached, changed; rates. How much memory and how many processors it has is in
+//! [`super::sizes`].
 //!
 //! Each is a change of the domain's document, or of some keys, of the sides that its flags name (see [`super::sides`]), brought to
 //! the engine as one.
@@ -21,7 +22,6 @@ use crate::{
 };
 use karst_engine::InstanceView;
 use karst_model::{device::Rates, instance::DeviceIdentity, options::DiskOptions};
-use std::collections::BTreeSet;
 
 fn failed(text: impl Into<String>) -> VirError {
     VirError::new(Code::OperationFailed, crate::error::Part::Qemu, text)
@@ -278,109 +278,6 @@ pub async fn update(call: Call) -> Answered {
         "graphics" => super::graphics::update(&call, &named, &e, flags).await,
         _ => with_device(call, named, text, flags, update_in).await,
     }
-}
-
-/// Sets a limit by its key.
-async fn limit(
-    call: &Call,
-    view: &InstanceView,
-    flags: u32,
-    key: &str,
-    value: String,
-) -> Result<(), VirError> {
-    let edits = edits(view, affects(view, flags)?, |side| {
-        let mut config = side.config.clone();
-        config.insert(key.to_owned(), value.clone());
-        Ok(spec::Updated { config, devices: side.devices.clone(), slots: Default::default() })
-    })?;
-    write(call, view, edits, &[key.to_owned()]).await
-}
-
-/// `VIR_DOMAIN_MEM_MAXIMUM`
-const MAXIMUM: u32 = 4;
-
-async fn set_memory_to(call: &Call, named: &Named, kib: u64, flags: u32) -> Answered {
-    call.known_flags(flags, LIVE | CONFIG | MAXIMUM)?;
-    let view = call.guest(named)?;
-    if kib == 0 {
-        return Err(VirError::argument("memory must be greater than zero"));
-    }
-    if flags & MAXIMUM != 0 && live(&view, flags)? {
-        return Err(VirError::state("cannot resize the maximum memory on an active domain"));
-    }
-    limit(call, &view, flags & 3, "limits.memory", format!("{kib}KiB")).await?;
-    Ok(nothing())
-}
-
-/// `DOMAIN_SET_MEMORY`: of a guest that runs.
-pub async fn set_memory(call: Call) -> Answered {
-    let (named, kib) = call.arguments(|r| Ok((Named::read_domain(r)?, r.u64()?)))?;
-    set_memory_to(&call, &named, kib, LIVE).await
-}
-
-/// `DOMAIN_SET_MEMORY_FLAGS`
-pub async fn set_memory_flags(call: Call) -> Answered {
-    let (named, kib, flags) = call.arguments(|r| Ok((Named::read_domain(r)?, r.u64()?, r.u32()?)))?;
-    set_memory_to(&call, &named, kib, flags).await
-}
-
-/// `DOMAIN_SET_MAX_MEMORY`
-pub async fn set_max_memory(call: Call) -> Answered {
-    let (named, kib) = call.arguments(|r| Ok((Named::read_domain(r)?, r.u64()?)))?;
-    set_memory_to(&call, &named, kib, MAXIMUM).await
-}
-
-async fn set_cpus_to(call: &Call, named: &Named, n: u32, flags: u32) -> Answered {
-    // Live, configured, hotpluggable, which all are.
-    if flags & 4 != 0 {
-        let text = "a domain has no number of processors beside the one it starts with; set that";
-        return Err(VirError::new(Code::OperationUnsupported, call.opened()?.driver.part(), text));
-    }
-    call.known_flags(flags, LIVE | CONFIG | 16)?;
-    let view = call.guest(named)?;
-    if n == 0 {
-        return Err(VirError::argument("nvcpus must be greater than zero"));
-    }
-    limit(call, &view, flags & 3, "limits.cpu", n.to_string()).await?;
-    Ok(nothing())
-}
-
-/// `DOMAIN_SET_VCPUS`: of a guest that runs.
-pub async fn set_vcpus(call: Call) -> Answered {
-    let (named, n) = call.arguments(|r| Ok((Named::read_domain(r)?, r.u32()?)))?;
-    set_cpus_to(&call, &named, n, LIVE).await
-}
-
-/// `DOMAIN_SET_VCPUS_FLAGS`
-pub async fn set_vcpus_flags(call: Call) -> Answered {
-    let (named, n, flags) = call.arguments(|r| Ok((Named::read_domain(r)?, r.u32()?, r.u32()?)))?;
-    set_cpus_to(&call, &named, n, flags).await
-}
-
-/// `DOMAIN_SET_VCPU`: some processors by their numbers. They are plugged in order, so it has to be the next ones, or the last.
-pub async fn set_vcpu(call: Call) -> Answered {
-    let (named, map, state, flags) =
-        call.arguments(|r| Ok((Named::read_domain(r)?, r.string()?, r.i32()?, r.u32()?)))?;
-    call.known_flags(flags, LIVE | CONFIG)?;
-    let view = call.guest(&named)?;
-    let side = asked(&view, flags)?;
-    let now = u64::from(crate::limits::of_config(view.instance.kind, side.all_config)?.cpus(&call)?);
-    let wanted: BTreeSet<u64> = super::inside::processors(&map)?.into_iter().collect();
-    let (first, last) = match (wanted.first(), wanted.last()) {
-        (Some(first), Some(last)) => (*first, *last),
-        _ => return Err(VirError::argument("no vcpus selected for modification")),
-    };
-    let whole = wanted.len() as u64 == last - first + 1;
-    let n = match state != 0 {
-        true if whole && first == now => last + 1,
-        false if whole && last + 1 == now => first,
-        plug => {
-            let what = if plug { "plugged from the next one on" } else { "unplugged from the last one on" };
-            let text = format!("processors are {what}; there are 0 to {} now", now.saturating_sub(1));
-            return Err(VirError::new(Code::OperationUnsupported, call.opened()?.driver.part(), text));
-        }
-    };
-    set_cpus_to(&call, &named, n as u32, flags).await
 }
 
 /// The device of a disk by its target or by the path of its volume: of what runs, else of what is defined.

@@ -191,36 +191,13 @@ pub async fn info(call: Call) -> Answered {
         false => None,
         true => call.session.front.engine.all_metrics().await.get(&view.instance.id).and_then(|m| m.cpu_ns),
     };
-    let most = limits.memory_kib(&call)?;
-    let now = super::stats::balloon_of(&call, &view).await?.map_or(most, |b| b.actual / 1024);
+    let most = limits.most_memory_kib(&call)?;
+    let has = limits.memory_kib(&call)?;
+    let now = super::stats::balloon_of(&call, &view).await?.map_or(has, |b| b.actual / 1024);
     let mut w = Writer::new();
     w.u32(state_of(&view).0 as u32).u64(most).u64(now);
     w.u32(limits.cpus(&call)?).u64(used.unwrap_or(0));
     Ok(w.finish().into())
-}
-
-/// `DOMAIN_GET_MAX_MEMORY`
-pub async fn max_memory(call: Call) -> Answered {
-    let view = call.only_guest()?;
-    let mut w = Writer::new();
-    w.u64(limits::of(&view)?.memory_kib(&call)?);
-    Ok(w.finish().into())
-}
-
-/// `DOMAIN_GET_MAX_VCPUS`
-pub async fn max_vcpus(call: Call) -> Answered {
-    let view = call.only_guest()?;
-    Ok(int(limits::of(&view)?.cpus(&call)? as i32))
-}
-
-/// `DOMAIN_GET_VCPUS_FLAGS`: live, configured, maximum; live needs that it runs.
-pub async fn vcpus(call: Call) -> Answered {
-    let (named, flags) = call.arguments(|r| Ok((Named::read_domain(r)?, r.u32()?)))?;
-    // Live, configured, maximum, as the guest sees them.
-    call.known_flags(flags, 1 | 2 | 4)?;
-    let view = call.guest(&named)?;
-    let config = super::tuning::config_of(&view, flags)?;
-    Ok(int(limits::of_config(view.instance.kind, config)?.cpus(&call)? as i32))
 }
 
 /// `DOMAIN_GET_OS_TYPE`

@@ -266,23 +266,64 @@ pub(super) fn processors(text: &str) -> Result<Vec<u64>, VirError> {
     Ok(all)
 }
 
+/// A processor as the system inside knows it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Processor {
+    /// Its number.
+    pub id: u64,
+    /// It is in use.
+    pub online: bool,
+    /// It can be taken out of use.
+    pub can_go: bool,
+}
+
+/// The processors that the system inside knows of.
+///
+/// # Errors
+/// Those of asking it.
+pub(super) async fn processors_of(call: &Call, view: &InstanceView) -> Result<Vec<Processor>, VirError> {
+    let answer = ask(call, view, "guest-get-vcpus", json!({})).await?;
+    let is = |v: &Value, key: &str| v.get(key).and_then(Value::as_bool) == Some(true);
+    let one = |v: &Value| {
+        let id = v.get("logical-id")?.as_u64()?;
+        Some(Processor { id, online: is(v, "online"), can_go: is(v, "can-offline") })
+    };
+    Ok(list(&answer).filter_map(one).collect())
+}
+
+/// Has the system inside take processors into use, or out of it.
+///
+/// # Errors
+/// Those of asking it; operation failed, when it did not take all.
+pub(super) async fn use_processors(
+    call: &Call,
+    view: &InstanceView,
+    changes: &[(u64, bool)],
+) -> Result<(), VirError> {
+    if changes.is_empty() {
+        return Ok(());
+    }
+    let wanted: Vec<Value> =
+        changes.iter().map(|(n, online)| json!({"logical-id": n, "online": online})).collect();
+    let done = ask(call, view, "guest-set-vcpus", json!({"vcpus": wanted})).await?;
+    match done.as_u64() == Some(changes.len() as u64) {
+        true => Ok(()),
+        false => {
+            let text = "the guest did not take all of the processors";
+            Err(VirError::new(Code::OperationFailed, Part::Qemu, text))
+        }
+    }
+}
+
 /// `DOMAIN_SET_GUEST_VCPUS`
 pub async fn set_vcpus(call: Call) -> Answered {
     let (named, map, state, flags) =
         call.arguments(|r| Ok((Named::read_domain(r)?, r.string()?, r.i32()?, r.u32()?)))?;
     call.known_flags(flags, 0)?;
     let view = call.guest(&named)?;
-    let wanted: Vec<Value> =
-        processors(&map)?.iter().map(|n| json!({"logical-id": n, "online": state != 0})).collect();
-    let count = wanted.len() as u64;
-    let done = ask(&call, &view, "guest-set-vcpus", json!({"vcpus": wanted})).await?;
-    match done.as_u64() == Some(count) {
-        true => Ok(nothing()),
-        false => {
-            let text = "the guest did not take all of the processors";
-            Err(VirError::new(Code::OperationFailed, Part::Qemu, text))
-        }
-    }
+    let changes: Vec<(u64, bool)> = processors(&map)?.into_iter().map(|n| (n, state != 0)).collect();
+    use_processors(&call, &view, &changes).await?;
+    Ok(nothing())
 }
 
 const USERS: u32 = 1;

@@ -85,7 +85,7 @@ fn differs(old: &Machine, new: &Machine, sources: bool) -> Option<String> {
         ("name", old.name == new.name),
         ("uuid", old.uuid == new.uuid),
         ("memory", old.memory == new.memory),
-        ("vcpu", old.cpus == new.cpus),
+        ("vcpu", (old.cpus, old.most_cpus) == (new.cpus, new.most_cpus)),
         ("os firmware", old.firmware == new.firmware),
         ("cpu", old.cpu_model == new.cpu_model),
         ("features hyperv", old.hyper_v == new.hyper_v),

@@ -26,6 +26,7 @@ pub mod pools;
 pub mod power;
 pub mod secret;
 mod sides;
+pub mod sizes;
 pub mod snapshots;
 pub mod stats;
 pub mod storage;

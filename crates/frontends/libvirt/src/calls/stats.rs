@@ -167,7 +167,7 @@ fn parameters(
         let memory = limits.memory_kib(call)?;
         let actual = machine.and_then(|m| m.balloon.as_ref()).map_or(memory, |b| b.actual / 1024);
         add("balloon.current", Typed::Ullong(actual));
-        add("balloon.maximum", Typed::Ullong(memory));
+        add("balloon.maximum", Typed::Ullong(limits.most_memory_kib(call)?));
         let inside = machine.and_then(|m| m.balloon.as_ref()?.inside.as_ref());
         for (_, field, value) in inside.map(inside_of).unwrap_or_default() {
             add(&format!("balloon.{field}"), Typed::Ullong(value));
@@ -178,7 +178,7 @@ fn parameters(
     }
     if stats & VCPU != 0 {
         add("vcpu.current", Typed::Uint(cpus));
-        add("vcpu.maximum", Typed::Uint(cpus));
+        add("vcpu.maximum", Typed::Uint(limits.most_cpus(call)?));
         for vcpu in machine.iter().flat_map(|m| &m.vcpus) {
             add(&format!("vcpu.{}.state", vcpu.index), Typed::Int(1));
             add(&format!("vcpu.{}.time", vcpu.index), Typed::Ullong(vcpu.time_ns));

@@ -40,7 +40,7 @@ pub async fn vcpu_pins(call: Call) -> Answered {
     let (named, count, length, flags) =
         call.arguments(|r| Ok((Named::read_domain(r)?, r.i32()?, r.i32()?, r.u32()?)))?;
     let (limits, host, length) = asked(&call, &named, length, flags)?;
-    let count = u32::try_from(count).unwrap_or(0).min(limits.cpus(&call)?);
+    let count = u32::try_from(count).unwrap_or(0).min(limits.most_cpus(&call)?);
     let map = |n| cpu_map(limits.runs_on(Thread::Vcpu(n)), host, length);
     let maps: Vec<u8> = (0..count).flat_map(map).collect();
     let mut w = Writer::new();
@@ -154,7 +154,7 @@ pub async fn pin_vcpu_flags(call: Call) -> Answered {
 
 async fn pin_vcpu_to(call: &Call, named: &Named, vcpu: u32, map: &[u8], flags: u32) -> Answered {
     let view = call.guest(named)?;
-    let cpus = limits::of_config(view.instance.kind, config_of(&view, flags)?)?.cpus(call)?;
+    let cpus = limits::of_config(view.instance.kind, config_of(&view, flags)?)?.most_cpus(call)?;
     if vcpu >= cpus {
         return Err(VirError::argument(format!("vcpu {vcpu} is out of range of {cpus}")));
     }

@@ -333,7 +333,7 @@ pub async fn set_memory(call: Call) -> Answered {
                 *size = limited(value);
             }
             let limits = crate::limits::of_config(view.instance.kind, side.all_config)?;
-            demand_room("hard_limit", hard, limits.memory_kib(&call)?)?;
+            demand_room("hard_limit", hard, limits.most_memory_kib(&call)?)?;
             let kib = |n: Option<u64>| n.map(|n| format!("{n}KiB"));
             let mut keys = vec![(HARD.to_owned(), kib(hard)), (SOFT.to_owned(), kib(soft))];
             if both.is_some() || now.swap.is_some() {

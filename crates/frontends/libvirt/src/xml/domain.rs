@@ -2,7 +2,12 @@
 
 use super::{
     Element,
-    machine::{ShownGuard, owned, places::Places, write::Shown},
+    machine::{
+        ShownGuard, owned,
+        places::Places,
+        sizes::{self, Cpus},
+        write::Shown,
+    },
 };
 use crate::{
     calls::{
@@ -109,7 +114,8 @@ pub fn document_of(
     let driver = call.opened()?.driver;
     let facts = facts(call)?;
     let limits = limits::of_config(view.instance.kind, config)?;
-    let (memory, cpus) = (limits.memory_kib(call)?, limits.cpus(call)?);
+    let (memory, current) = (limits.most_memory_kib(call)?, limits.memory_kib(call)?);
+    let cpus = Cpus { current: limits.cpus(call)?, most: limits.most_cpus(call)? };
     let pinned = limits.pinned().map(ranges);
     let instance = &view.instance;
     let records = call.session.front.engine.inner().inventory.read();
@@ -141,6 +147,7 @@ pub fn document_of(
             kind,
             id,
             memory,
+            current,
             cpus,
             pinned,
             spice,
@@ -165,8 +172,8 @@ pub fn document_of(
     }
     e.push_some(super::machine::write::metadata(config));
     e.push(Element::text("memory", memory).with("unit", "KiB"));
-    e.push(Element::text("currentMemory", memory).with("unit", "KiB"));
-    e.push(Element::text("vcpu", cpus).with("placement", "static").with_some("cpuset", pinned));
+    e.push(Element::text("currentMemory", current).with("unit", "KiB"));
+    e.push(sizes::shown(cpus, pinned.as_ref()));
     container(&mut e, &facts, &parse_devices(devices)?, view, live.then_some(bridge));
     Ok(e.document())
 }

@@ -58,12 +58,12 @@ const DOMAIN: &[Row] = &[
     ("description", Kept, ""),
     ("metadata", Kept, ""),
     ("memory", When(|e| is(e, "dumpCore", &["off"])), "the memory of guests is in no core"),
-    // There is one size of memory, which is what is shown.
     ("currentMemory", Kept, ""),
     // What is in these, and in modules, is looked at by `nodes`.
     ("maxMemory", Kept, ""),
     ("vcpu", When(|e| is(e, "placement", &["static", "auto"])), "placement is static or auto"),
-    ("vcpus", Never, "processors are plugged in order; say vcpu current"),
+    // What is in it is looked at by `sizes`.
+    ("vcpus", Kept, ""),
     ("iothreads", Kept, ""),
     ("iothreadids", Kept, ""),
     ("defaultiothread", Never, "the main thread is as QEMU has it"),

@@ -16,6 +16,7 @@ pub mod ports;
 pub mod processor;
 pub mod read;
 pub mod scsi;
+pub mod sizes;
 pub mod spec;
 pub mod tuning;
 pub mod write;
@@ -50,10 +51,14 @@ pub struct Machine {
     pub description: String,
     /// What applications keep there, by the URI of their namespace: the prefix and the element without it.
     pub metadata: BTreeMap<String, (String, Element)>,
-    /// Memory in KiB.
+    /// Memory in KiB, which is set aside for it.
     pub memory: u64,
+    /// What its balloon leaves it of that at the start, KiB.
+    pub current: u64,
     /// CPUs at the start.
     pub cpus: u32,
+    /// CPUs that it can have.
+    pub most_cpus: u32,
     /// CPUs of the host that its threads run on, those that are not pinned apart.
     pub pinned: Option<String>,
     /// Threads, pins and limits.

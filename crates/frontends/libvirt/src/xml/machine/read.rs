@@ -2,11 +2,13 @@
 
 use super::{
     Disk, Kernel, Machine, Nic, Opaque, Screen, Source, aliases, board, iotune, kept, number, options,
-    pci_of, places, ports, priority, processor, refuse, scsi, tuning, wrong,
+    pci_of, places, ports, priority, processor, refuse, scsi,
+    sizes::{self, Cpus},
+    tuning, wrong,
 };
 use crate::{
     error::VirError,
-    xml::{Element, domain::ranges, is_name, is_prefix, nwfilter},
+    xml::{Element, is_name, is_prefix, nwfilter},
 };
 use karst_model::{
     board::{MOST, UsbController, UsbModel, without_usual},
@@ -19,7 +21,7 @@ use uuid::Uuid;
 
 /// Where paths of volumes begin.
 pub const VOLUMES: &str = "/karst/";
-/// Elements of the domain that the typed form holds whole. There is one size of memory, which is what is shown.
+/// Elements of the domain that the typed form holds whole.
 const TYPED: &[&str] =
     &["name", "uuid", "title", "description", "metadata", "memory", "currentMemory", "devices"];
 
@@ -52,8 +54,8 @@ pub fn machine(text: &str) -> Result<Machine, VirError> {
     if title.as_ref().is_some_and(|t| t.contains('\n')) {
         return Err(wrong("Domain title can't contain newlines"));
     }
-    let (cpus, pinned) = cpus(&root)?;
-    let on_board = board::read(&root, cpus)?;
+    let (Cpus { current: cpus, most: most_cpus }, pinned) = sizes::cpus(&root)?;
+    let on_board = board::read(&root, most_cpus)?;
     let sizes = on_board.numa.iter().map(|cell| cell.memory).chain(on_board.modules.iter().map(|m| m.size));
     let memory = match sizes.fold(0u64, |all, size| all.saturating_add(size.bytes() / 1024)) {
         // Nodes and modules of memory are all of it.
@@ -80,7 +82,9 @@ pub fn machine(text: &str) -> Result<Machine, VirError> {
         description: body("description").unwrap_or_default().to_owned(),
         metadata: metadata(&root)?,
         memory,
+        current: sizes::memory(&root, memory, has_balloon(devices.elements()))?,
         cpus,
+        most_cpus,
         pinned,
         tuning: tuning::of(&root)?,
         machine,
@@ -325,31 +329,6 @@ pub(super) fn kib(e: &Element) -> Result<u64, VirError> {
         return Err(wrong(format!("<{}> is zero", e.name())));
     }
     Ok(bytes.div_ceil(1024))
-}
-
-/// How many CPUs a `<vcpu>` means at the start, and those of the host that it pins them to.
-pub fn vcpu(e: &Element) -> Result<(u32, Option<String>), VirError> {
-    let most: u32 =
-        e.body().trim().parse().ok().filter(|n| *n > 0).ok_or_else(|| wrong("vcpu is no number of CPUs"))?;
-    let current = match e.attribute("current") {
-        None => most,
-        Some(n) => n
-            .parse()
-            .ok()
-            .filter(|n| (1..=most).contains(n))
-            .ok_or_else(|| wrong(format!("current vcpus '{n}' must be 1 to {most}")))?,
-    };
-    // The host chooses them: what the document names beside counts for nothing, as with libvirt.
-    let named = e.attribute("cpuset").filter(|_| e.attribute("placement") != Some("auto"));
-    let pinned = named.map(|text| -> Result<String, VirError> {
-        let set = tuning::set(text).ok_or_else(|| wrong(format!("Invalid value '{text}' of vcpu cpuset")))?;
-        Ok(ranges(&set))
-    });
-    Ok((current, pinned.transpose()?))
-}
-
-fn cpus(root: &Element) -> Result<(u32, Option<String>), VirError> {
-    root.find("vcpu").map_or(Ok((1, None)), vcpu)
 }
 
 /// Machine type and firmware.

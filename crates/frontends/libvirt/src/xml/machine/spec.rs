@@ -1,7 +1,7 @@
 //! From the typed form to the engine's words: keys, devices and places of a new machine, or of one that is there. Of one that
 //! is there only what the document changes is changed, so that what libvirt has no word for stays.
 
-use super::{Disk, Kernel, Machine, Nic, Source, places::Places, refuse, tuning};
+use super::{Disk, Kernel, Machine, Nic, Source, places::Places, refuse, sizes, tuning};
 use crate::{
     calls::domain::{METADATA, OPAQUE, TITLE},
     error::VirError,
@@ -78,7 +78,7 @@ fn cpus(machine: &Machine) -> String {
 }
 
 fn memory(machine: &Machine) -> String {
-    format!("{}KiB", machine.memory)
+    format!("{}KiB", machine.current)
 }
 
 /// The key that keeps an element of applications, and its value.
@@ -235,6 +235,7 @@ pub fn create(machine: &Machine) -> Result<Created, VirError> {
     let mut places = BTreeMap::new();
     set(&mut config, "limits.memory", Some(memory(machine)));
     set(&mut config, "limits.cpu", Some(cpus(machine)));
+    sizes::change(&mut config, None, machine);
     set(&mut config, "hardware.machine", Some(machine.machine.as_deref().unwrap_or("pc")));
     set(&mut config, "hardware.cpu.model", machine.cpu_model.as_ref());
     board(&mut config, &Board::default(), &machine.board);
@@ -295,11 +296,15 @@ pub struct Updated {
 pub fn update(present: &Present<'_>, new: &Machine) -> Result<Updated, VirError> {
     let old = present.machine;
     let mut config = present.config.clone();
-    if old.memory != new.memory {
+    if old.current != new.current {
         set(&mut config, "limits.memory", Some(memory(new)));
     }
     if cpus(old) != cpus(new) {
         set(&mut config, "limits.cpu", Some(cpus(new)));
+    }
+    let most = |m: &Machine| (m.memory, m.current, m.cpus, m.most_cpus, m.board.topology);
+    if most(old) != most(new) {
+        sizes::change(&mut config, Some(old), new);
     }
     tuning::change(&mut config, Some(old), new);
     let family = |m: &str| if m.starts_with("pc-q35-") || m == "q35" { "q35" } else { "pc" };

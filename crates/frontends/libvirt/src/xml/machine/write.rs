@@ -2,7 +2,11 @@
 
 use super::{
     Kernel, Opaque, ShownGuard, Source, aliases, board, iotune, kept, nodes, options, owned, parts, pci_of,
-    places, places::Places, ports, priority, processor, read, screens, scsi, target, tuning,
+    places,
+    places::Places,
+    ports, priority, processor, read, screens, scsi,
+    sizes::{self, Cpus},
+    target, tuning,
 };
 use crate::{
     calls::domain::{METADATA, OPAQUE, TITLE},
@@ -40,10 +44,12 @@ pub struct Shown<'a> {
     pub kind: &'static str,
     /// Its number, when it runs.
     pub id: Option<i32>,
-    /// Memory in KiB.
+    /// Memory in KiB, which is set aside for it.
     pub memory: u64,
+    /// What its balloon leaves it of that, KiB.
+    pub current: u64,
     /// CPUs.
-    pub cpus: u32,
+    pub cpus: Cpus,
     /// CPUs of the host that it is pinned to.
     pub pinned: Option<String>,
     /// Its screen is there by SPICE too.
@@ -196,10 +202,8 @@ pub fn document(shown: &Shown<'_>) -> Result<String, VirError> {
     let on_board = Board::of(shown.config)?;
     let told = on_board.features.unwrap_or_default();
     e.push(Element::text("memory", shown.memory).with("unit", "KiB"));
-    e.push(Element::text("currentMemory", shown.memory).with("unit", "KiB"));
-    let pinned = shown.pinned.as_ref();
-    let placement = if on_board.placement.cpu { "auto" } else { "static" };
-    e.push(Element::text("vcpu", shown.cpus).with("placement", placement).with_some("cpuset", pinned));
+    e.push(Element::text("currentMemory", shown.current).with("unit", "KiB"));
+    e.push(sizes::shown(shown.cpus, shown.pinned.as_ref(), on_board.placement.cpu));
     tuning::show(&mut e, shown.config, &on_board, &opaque.domain)?;
     let mut os = system(shown, &opaque);
     menu(&mut os, shown.config, &on_board)?;
@@ -233,16 +237,8 @@ pub fn document(shown: &Shown<'_>) -> Result<String, VirError> {
     for kept in &opaque.domain {
         let still = match kept.name() {
             "os" => continue,
-            "vcpu" => {
-                let same = read::vcpu(kept).is_ok_and(|(n, set)| n == shown.cpus && set == shown.pinned);
-                let chosen = kept.attribute("placement").map_or(
-                    // Without a word it would go by what is said of memory.
-                    on_board.placement.memory && !on_board.placement.cpu && shown.pinned.is_none(),
-                    |word| word == "auto",
-                );
-                same && chosen == on_board.placement.cpu
-            }
-            "currentMemory" => false,
+            "vcpu" | "currentMemory" => false,
+            "vcpus" => sizes::still(kept, shown.cpus),
             // Shown already, as the keys say.
             name if tuning::ELEMENTS.contains(&name) => false,
             "features" => {
@@ -257,7 +253,7 @@ pub fn document(shown: &Shown<'_>) -> Result<String, VirError> {
             "cpu" => {
                 let now = (on_board.topology, on_board.numa.clone());
                 let cells = nodes::cells(kept).is_ok_and(|cells| cells == nodes::cells_of(&on_board));
-                same_model && cells && board::layout(kept, shown.cpus).is_ok_and(|layout| layout == now)
+                same_model && cells && board::layout(kept, shown.cpus.most).is_ok_and(|layout| layout == now)
             }
             "maxMemory" => nodes::slots(kept).is_ok_and(|room| Some(room) == on_board.slots),
             "genid" => board::generation(kept).is_ok_and(|g| Some(g) == on_board.generation),
