@@ -452,3 +452,21 @@ fn a_size_that_nothing_holds_is_not_recorded() {
         w.engine.close();
     });
 }
+
+/// A guest can have what is set aside for it, whatever its balloon is to hold: that is what counts.
+#[test]
+fn what_is_set_aside_counts_in_a_projects_memory() {
+    SeededEnv::run(1, |env| async move {
+        let w = World::new(&env).await.unwrap();
+        project(&w, "p", &[("limits.memory", "1GiB")]).await;
+        let machine = |name: &str, most: &str| CreateInstance {
+            kind: InstanceKind::VirtualMachine,
+            ..with(name, &[("limits.memory", "256MiB"), ("limits.memory.maximum", most)])
+        };
+        create(&w, "p", machine("v1", "512MiB")).await.unwrap();
+        refused(create(&w, "p", machine("v2", "768MiB")).await, ErrorKind::Quota, "limits.memory");
+        let e = refused(create(&w, "p", machine("v2", "128MiB")).await, ErrorKind::Invalid, "limits.memory");
+        assert_eq!(e.field.as_deref(), Some("config.limits.memory.maximum"));
+        create(&w, "p", machine("v2", "512MiB")).await.unwrap();
+    });
+}

@@ -593,6 +593,8 @@ calls! {
                 {"name": "sda1", "mountpoint": "/", "type": "ext4", "total-bytes": 1000, "used-bytes": 10,
                  "disk": [{"bus-type": "scsi", "bus": 0, "target": 0, "unit": 0, "dev": "/dev/sda1"}]},
             ])),
+            "guest-get-disks" => Ok(serde_json::json!([{"name": "/dev/sda", "partition": false, "dependencies": []},
+                {"name": "/dev/sda1", "partition": true, "dependencies": ["/dev/sda"]}])),
             "guest-get-vcpus" => Ok(serde_json::json!([{"logical-id": 0, "online": true, "can-offline": false}])),
             other => Err(Error::unsupported(format!("the guest agent does not allow {other}"))),
         }

@@ -98,8 +98,8 @@ async fn freezing(call: Call, freeze: bool) -> Answered {
         (true, false) => ("guest-fsfreeze-freeze-list", json!({"mountpoints": places})),
         (false, true) => ("guest-fsfreeze-thaw", json!({})),
         (false, false) => {
-            let text = "file systems thaw all at once; name none";
-            return Err(VirError::new(Code::OperationUnsupported, Part::Qemu, text));
+            let text = "specifying mountpoints is not supported: file systems thaw all at once";
+            return Err(VirError::new(Code::ArgumentUnsupported, Part::Qemu, text));
         }
     };
     let count = ask(&call, &view, command, arguments).await?;
@@ -124,8 +124,8 @@ pub async fn trim(call: Call) -> Answered {
     call.known_flags(flags, 0)?;
     let view = call.guest(&named)?;
     if place.is_some() {
-        let text = "all file systems are trimmed at once; name none";
-        return Err(VirError::new(Code::OperationUnsupported, Part::Qemu, text));
+        let text = "Specifying mount point is not supported for now: all file systems are trimmed at once";
+        return Err(VirError::new(Code::ArgumentUnsupported, Part::Qemu, text));
     }
     ask_within(&call, &view, "guest-fstrim", json!({"minimum": minimum}), AGENT_MAX).await?;
     Ok(nothing())
@@ -331,7 +331,40 @@ const OS: u32 = 2;
 const TIMEZONE: u32 = 4;
 const HOSTNAME: u32 = 8;
 const FILE_SYSTEMS: u32 = 16;
+const DISKS: u32 = 32;
 const INTERFACES: u32 = 64;
+
+/// What the agent tells of disks as its system sees them, whole ones and parts of them. Which of the domain's one is its serial number
+/// says, which is the name of its device.
+fn disk_fields(answer: &Value, target: impl Fn(&str) -> Option<String>) -> Vec<(String, Typed)> {
+    let mut all = vec![("disk.count".to_owned(), Typed::Uint(list(answer).count() as u32))];
+    for (n, disk) in list(answer).enumerate() {
+        let mut add = |field: String, value: Typed| all.push((format!("disk.{n}.{field}"), value));
+        if let Some(name) = text_of(disk, "name") {
+            add("name".into(), Typed::Text(name));
+        }
+        add("partition".into(), Typed::Boolean(disk.get("partition").and_then(Value::as_bool) == Some(true)));
+        let parts: Vec<&str> =
+            disk.get("dependencies").into_iter().flat_map(list).filter_map(Value::as_str).collect();
+        if !parts.is_empty() {
+            add("dependency.count".into(), Typed::Uint(parts.len() as u32));
+            for (m, name) in parts.into_iter().enumerate() {
+                add(format!("dependency.{m}.name"), Typed::Text(plain(name)));
+            }
+        }
+        if let Some(serial) = disk.get("address").and_then(|a| text_of(a, "serial")) {
+            let own = target(&serial);
+            add("serial".into(), Typed::Text(serial));
+            if let Some(own) = own {
+                add("alias".into(), Typed::Text(own));
+            }
+        }
+        if let Some(alias) = text_of(disk, "alias") {
+            add("guest_alias".into(), Typed::Text(alias));
+        }
+    }
+    all
+}
 
 /// Fields of one kind of information.
 fn fields(kind: u32, answer: &Value, view: &InstanceView, call: &Call) -> Vec<(String, Typed)> {
@@ -374,6 +407,13 @@ fn fields(kind: u32, answer: &Value, view: &InstanceView, call: &Call) -> Vec<(S
                     all.extend(value.map(|v| (format!("user.{n}.{field}"), v)));
                 }
             }
+        }
+        DISKS => {
+            let disks = super::figures::disks(&call.session.front.engine.inner().inventory.read(), view);
+            all = disk_fields(answer, |serial| {
+                let slot = &view.instance.identities.get(serial.rsplit('_').next()?)?.slot;
+                disks.iter().find(|d| d.slot == *slot).map(|d| d.target.clone())
+            });
         }
         FILE_SYSTEMS => {
             all.push(("fs.count".into(), Typed::Uint(list(answer).count() as u32)));
@@ -436,6 +476,7 @@ pub async fn info(call: Call) -> Answered {
         (TIMEZONE, "guest-get-timezone"),
         (HOSTNAME, "guest-get-host-name"),
         (FILE_SYSTEMS, "guest-get-fsinfo"),
+        (DISKS, "guest-get-disks"),
         (INTERFACES, "guest-network-get-interfaces"),
     ];
     let known = kinds.iter().fold(0, |all, (kind, _)| all | kind);
@@ -561,6 +602,31 @@ mod tests {
         for wrong in ["", "a", "3-1", "0-99999"] {
             assert!(processors(wrong).is_err(), "{wrong}");
         }
+    }
+
+    #[test]
+    fn disks_are_told_as_libvirt_names_their_fields() {
+        let answer = json!([
+            {"name": "/dev/vda", "partition": false, "dependencies": [],
+             "address": {"bus-type": "virtio", "serial": "0QEMU_root"}, "alias": "x\ny"},
+            {"name": "/dev/vda1", "partition": true, "dependencies": ["/dev/vda"]},
+        ]);
+        let target = |serial: &str| serial.ends_with("root").then(|| "vda".to_owned());
+        let text = |v: &str| Typed::Text(v.into());
+        let all = disk_fields(&answer, target);
+        let wanted = [
+            ("disk.count", Typed::Uint(2)),
+            ("disk.0.name", text("/dev/vda")),
+            ("disk.0.partition", Typed::Boolean(false)),
+            ("disk.0.serial", text("0QEMU_root")),
+            ("disk.0.alias", text("vda")),
+            ("disk.0.guest_alias", text("xy")),
+            ("disk.1.name", text("/dev/vda1")),
+            ("disk.1.partition", Typed::Boolean(true)),
+            ("disk.1.dependency.count", Typed::Uint(1)),
+            ("disk.1.dependency.0.name", text("/dev/vda")),
+        ];
+        assert_eq!(all, wanted.map(|(field, value)| (field.to_owned(), value)));
     }
 
     #[test]
