@@ -406,6 +406,12 @@ pub struct VcpuFigures {
     pub index: u32,
     /// Time that it ran, nanoseconds.
     pub time_ns: u64,
+    /// Time that it waited for something or for a processor, nanoseconds; 0 where the kernel keeps no account of it.
+    #[serde(default)]
+    pub wait_ns: u64,
+    /// Time of that for which it could have run and was not let, nanoseconds.
+    #[serde(default)]
+    pub delay_ns: u64,
     /// Processor of the host that it last ran on; -1 where that is not known.
     pub processor: i32,
 }

@@ -563,7 +563,7 @@ calls! {
             Some((id, MachineFigures {
                 disks: slots.map(|slot| (slot.clone(), disk.clone())).collect(),
                 nics: spec.nics.iter().map(|n| (n.host_interface.clone(), NicFigures { sent_bytes: 90, sent_packets: 1, ..Default::default() })).collect(),
-                vcpus: vec![VcpuFigures { index: 0, time_ns: 1_000_000, processor: 0 }],
+                vcpus: vec![VcpuFigures { index: 0, time_ns: 1_000_000, wait_ns: 5000, delay_ns: 3000, processor: 0 }],
                 iothreads: super::threads::figures(spec),
                 balloon: Some(BalloonFigures {
                     actual: spec.limits.memory.map_or(1 << 30, ByteSize::bytes),

@@ -148,13 +148,13 @@ fn disks_of(blocks: &Value) -> BTreeMap<String, DiskFigures> {
 }
 
 /// By index; what the kernel does not tell of a thread is 0.
-fn vcpus_of(cpus: &Value, thread: impl Fn(u32) -> Option<(u64, i32)>) -> Vec<VcpuFigures> {
+fn vcpus_of(cpus: &Value, thread: impl Fn(u32) -> Option<VcpuFigures>) -> Vec<VcpuFigures> {
     let mut all: Vec<VcpuFigures> = vec![];
     for cpu in cpus.as_array().into_iter().flatten() {
         let number = |key: &str| cpu.get(key).and_then(Value::as_u64).and_then(|n| u32::try_from(n).ok());
         let Some(index) = number("cpu-index") else { continue };
-        let (time_ns, processor) = number("thread-id").and_then(&thread).unwrap_or((0, -1));
-        all.push(VcpuFigures { index, time_ns, processor });
+        let none = VcpuFigures { processor: -1, ..VcpuFigures::default() };
+        all.push(VcpuFigures { index, ..number("thread-id").and_then(&thread).unwrap_or(none) });
     }
     all.sort_by_key(|v| v.index);
     all
@@ -181,17 +181,32 @@ fn stat_fields(text: &str) -> Option<Vec<&str>> {
     Some(text.rsplit_once(')')?.1.split_whitespace().collect())
 }
 
-/// Time on processors in nanoseconds, and the processor it was last on.
-fn thread_of(pid: u32, thread: u32) -> Option<(u64, i32)> {
+/// What the kernel's `sched` file of a thread says of its waiting, nanoseconds: milliseconds there, where it keeps an account of it.
+fn waited(sched: &str) -> u64 {
+    let is = |name: &str| name.trim().rsplit('.').next() == Some("wait_sum");
+    let mut lines = sched.lines().filter_map(|line| line.split_once(':'));
+    let found = lines.find(|(name, _)| is(name)).and_then(|(_, value)| value.trim().parse::<f64>().ok());
+    found.map_or(0, |milliseconds| (milliseconds * 1e6).max(0.0) as u64)
+}
+
+/// A thread as a processor's, whose number is not said: its times and the processor of the host that it was last on.
+fn thread_of(pid: u32, thread: u32) -> Option<VcpuFigures> {
     let directory = format!("/proc/{pid}/task/{thread}");
     let stat = std::fs::read_to_string(format!("{directory}/stat")).ok()?;
     let fields = stat_fields(&stat)?;
     let number = |n: usize| fields.get(n)?.parse::<u64>().ok();
     // Fields 14 and 15 (times) and 39 (processor) of proc(5), of which two are gone.
     let ticks = number(11)? + number(12)?;
-    let exact = std::fs::read_to_string(format!("{directory}/schedstat")).ok();
-    let exact = exact.and_then(|t| t.split_whitespace().next()?.parse().ok());
-    Some((exact.unwrap_or(ticks * TICK_NS), number(36).and_then(|n| i32::try_from(n).ok()).unwrap_or(-1)))
+    // Time that it ran, and that it waited for a processor.
+    let exact = std::fs::read_to_string(format!("{directory}/schedstat")).unwrap_or_default();
+    let mut exact = exact.split_whitespace().map(|n| n.parse::<u64>().ok());
+    Some(VcpuFigures {
+        index: 0,
+        time_ns: exact.next().flatten().unwrap_or(ticks * TICK_NS),
+        delay_ns: exact.next().flatten().unwrap_or(0),
+        wait_ns: waited(&std::fs::read_to_string(format!("{directory}/sched")).unwrap_or_default()),
+        processor: number(36).and_then(|n| i32::try_from(n).ok()).unwrap_or(-1),
+    })
 }
 
 /// Linux shows times in hundredths of a second.
@@ -249,7 +264,8 @@ mod tests {
         let cpus = json!([
             {"cpu-index": 1, "thread-id": 12}, {"cpu-index": 0, "thread-id": 11}, {"thread-id": 3},
         ]);
-        let found = vcpus_of(&cpus, |thread| (thread == 11).then_some((5, 2)));
+        let one = VcpuFigures { index: 9, time_ns: 5, wait_ns: 0, delay_ns: 0, processor: 2 };
+        let found = vcpus_of(&cpus, |thread| (thread == 11).then_some(one.clone()));
         let shown: Vec<_> = found.iter().map(|v| (v.index, v.time_ns, v.processor)).collect();
         assert_eq!(shown, [(0, 5, 2), (1, 0, -1)]);
     }
@@ -257,8 +273,14 @@ mod tests {
     #[test]
     fn this_thread_has_its_time() {
         let (me, thread) = (std::process::id(), rustix::thread::gettid().as_raw_nonzero().get() as u32);
-        let (_, processor) = thread_of(me, thread).unwrap();
-        assert!(processor >= 0);
+        assert!(thread_of(me, thread).unwrap().processor >= 0);
+        let sched = "karst (1, #threads: 1)\n-----\nse.exec_start  :  1.5\nse.statistics.iowait_sum : 9.0\n\
+            se.statistics.wait_sum   :  12.000345\n";
+        assert_eq!(waited(sched), 12_000_345);
+        assert_eq!(
+            (waited(&sched.replace("se.statistics.", "")), waited("nr_switches : 1")),
+            (12_000_345, 0)
+        );
         assert!(process_times(me).0.is_some() && thread_of(me, 0).is_none());
         assert_eq!(stat_fields("1 (a) b) S 0").unwrap(), ["S", "0"]);
     }

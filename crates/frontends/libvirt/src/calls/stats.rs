@@ -181,7 +181,9 @@ fn parameters(
         add("vcpu.maximum", Typed::Uint(limits.most_cpus(call)?));
         for vcpu in machine.iter().flat_map(|m| &m.vcpus) {
             add(&format!("vcpu.{}.state", vcpu.index), Typed::Int(1));
-            add(&format!("vcpu.{}.time", vcpu.index), Typed::Ullong(vcpu.time_ns));
+            for (field, value) in [("time", vcpu.time_ns), ("wait", vcpu.wait_ns), ("delay", vcpu.delay_ns)] {
+                add(&format!("vcpu.{}.{field}", vcpu.index), Typed::Ullong(value));
+            }
         }
     }
     if stats & INTERFACE != 0 {
