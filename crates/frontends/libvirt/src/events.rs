@@ -8,10 +8,11 @@ use crate::{
     frame::{Frame, Header},
     instance_uuid,
     session::Session,
-    xdr::Writer,
+    xdr::{Typed, Writer},
     xml,
 };
 use karst_engine::{
+    InstanceView,
     compute::disk_copy,
     events::{
         DISK_THRESHOLD, Event, EventKind, OLD_NAME, PAUSED, RAN, REASON, RESUMED, RUNS, Subject, happened,
@@ -60,6 +61,15 @@ pub struct Described {
     pub about: i32,
     /// Whose words they are, of an application's.
     pub uri: Option<String>,
+}
+
+/// What the run of a domain is given was changed through some connection.
+#[derive(Debug, Clone)]
+pub struct Tuned {
+    /// Of which.
+    pub instance: InstanceId,
+    /// What, in the words of `VIR_DOMAIN_TUNABLE_*`.
+    pub parameters: Vec<(String, Typed)>,
 }
 
 /// How an event is sent.
@@ -139,6 +149,7 @@ pub fn listen(session: &Arc<Session>, callback: Callback) -> karst_model::Result
         let mut subscription = session.front.engine.subscribe(&session.context)?;
         let mut refreshed = session.front.refreshed.subscribe();
         let mut described = session.front.described.subscribe();
+        let mut tuned = session.front.tuned.subscribe();
         // The session owns the task: it must not keep the session.
         let weak = Arc::downgrade(session);
         let task = tokio::spawn(async move {
@@ -149,6 +160,7 @@ pub fn listen(session: &Arc<Session>, callback: Callback) -> karst_model::Result
                     event = subscription.recv() => event.map(Heard::Event),
                     pool = refreshed.recv() => pool.map(Heard::Refreshed),
                     said = described.recv() => said.map(Heard::Described),
+                    tuned = tuned.recv() => tuned.map(Heard::Tuned),
                 };
                 match heard {
                     Ok(heard) => {
@@ -163,12 +175,15 @@ pub fn listen(session: &Arc<Session>, callback: Callback) -> karst_model::Result
                             },
                             Heard::Refreshed(pool) => pool_refreshed(&session, pool).await,
                             Heard::Described(said) => {
-                                // A domain of the connection, and nobody else's.
-                                let view = session.guests().unwrap_or_default();
-                                let view = view.into_iter().find(|v| v.instance.id == said.instance);
-                                if let Some(view) = view {
+                                if let Some(view) = own(&session, said.instance) {
                                     let (id, uri) = (domain_id(&view), said.uri.as_deref());
                                     news::described(&session, &view.instance, id, said.about, uri).await;
+                                }
+                            }
+                            Heard::Tuned(tuned) => {
+                                if let Some(view) = own(&session, tuned.instance) {
+                                    let id = domain_id(&view);
+                                    news::tuned(&session, &view.instance, id, &tuned.parameters).await;
                                 }
                             }
                         }
@@ -189,6 +204,12 @@ enum Heard {
     Event(Arc<Event>),
     Refreshed(Uuid),
     Described(Described),
+    Tuned(Tuned),
+}
+
+/// A domain of the connection, and nobody else's.
+fn own(session: &Session, instance: InstanceId) -> Option<Arc<InstanceView>> {
+    session.guests().unwrap_or_default().into_iter().find(|v| v.instance.id == instance)
 }
 
 async fn tell(session: &Arc<Session>, event: &Event) {

@@ -42,7 +42,7 @@ use uuid::Uuid;
 
 /// Most connections at once; libvirtd has as many.
 const CONNECTIONS: usize = 5000;
-/// Refreshed pools, and described domains, that a slow listener has not heard of yet; it misses older ones.
+/// Refreshed pools, and described and tuned domains, that a slow listener has not heard of yet; it misses older ones.
 const REFRESHED: usize = 64;
 /// Pause after a failure to accept (no descriptors left), so that it does not spin.
 const PAUSE: Duration = Duration::from_millis(50);
@@ -55,6 +55,8 @@ pub struct Front {
     pub refreshed: broadcast::Sender<Uuid>,
     /// Domains of which something else is said now.
     pub described: broadcast::Sender<events::Described>,
+    /// Domains whose run is tuned otherwise now.
+    pub tuned: broadcast::Sender<events::Tuned>,
     /// Looks at the host's devices, for those who listen for what becomes of them.
     pub looks: Looks,
     /// What clients may cost.
@@ -70,7 +72,8 @@ impl Front {
     /// The same with bounds of its own.
     pub fn bounded(engine: Engine, bounds: Bounds) -> Arc<Self> {
         let (refreshed, described) = (broadcast::channel(REFRESHED).0, broadcast::channel(REFRESHED).0);
-        Arc::new(Self { engine, refreshed, described, looks: Looks::default(), bounds })
+        let tuned = broadcast::channel(REFRESHED).0;
+        Arc::new(Self { engine, refreshed, described, tuned, looks: Looks::default(), bounds })
     }
 }
 

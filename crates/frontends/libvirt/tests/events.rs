@@ -9,7 +9,11 @@ use karst_engine::{
     secrets::DefineSecret,
     storage::CreatePool,
 };
-use karst_frontend_libvirt::{error::Code, frame::Kind, xdr::Reader};
+use karst_frontend_libvirt::{
+    error::Code,
+    frame::Kind,
+    xdr::{Reader, Typed},
+};
 use karst_model::{
     access::Principal,
     display::DisplayProtocol,
@@ -218,6 +222,7 @@ async fn thresholds_of_disks_are_told_once() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_happens_in_machines_is_told_in_libvirts_words() {
     const SET_METADATA: i32 = 264;
+    const PIN_VCPU: i32 = 225;
     let server = Server::start().await;
     let admin = Context::new(Principal::system());
     server.guest("v1", InstanceKind::VirtualMachine, true).await;
@@ -410,6 +415,29 @@ async fn what_happens_in_machines_is_told_in_libvirts_words() {
                 318 => defined += 1,
                 other => panic!("event {other}"),
             }
+        }
+    }
+
+    // What is defined is tuned, of which nothing is told, and what runs.
+    for (map, flags) in [([4u8, 0], 2), ([2, 0], 1)] {
+        let pin = argument(|w| {
+            w.u32(0).opaque(&map).u32(flags);
+        });
+        client.call(PIN_VCPU, &[v1.clone(), pin].concat()).await.unwrap();
+    }
+    loop {
+        let frame = listener.receive().await;
+        match frame.header.procedure {
+            346 => {
+                let parameters = argument(|w| {
+                    w.u32(1).typed("cputune.vcpupin0", &Typed::Text("1".into()));
+                });
+                let whole = [&numbers[17], &v1, &parameters].map(|b| b.as_slice()).concat();
+                assert_eq!(frame.payload.to_vec(), whole);
+                break;
+            }
+            318 => {}
+            other => panic!("event {other}"),
         }
     }
 

@@ -10,6 +10,7 @@ use super::{
     domain::is_running,
     nothing,
     sides::{Affects, Edits, Side, affects, asked, edits, write},
+    told,
 };
 use crate::{
     error::{Code, VirError},
@@ -468,6 +469,9 @@ pub async fn set_block_tuning(call: Call) -> Answered {
         Ok((device, spec::rates(&rates).into()))
     })
     .await?;
+    let which = ("blkdeviotune.disk".to_owned(), Typed::Text(disk));
+    let words = std::iter::once(which).chain(told::named("blkdeviotune", &all)).collect();
+    told::tuned(&call, &view, flags, words);
     Ok(nothing())
 }
 

@@ -31,6 +31,7 @@ pub mod snapshots;
 pub mod stats;
 pub mod storage;
 pub mod threads;
+mod told;
 pub mod transfer;
 pub mod tuning;
 pub mod volumes;

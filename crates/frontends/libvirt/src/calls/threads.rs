@@ -8,6 +8,7 @@ use super::{
     figures::{cpu_map, map_length},
     nothing,
     sides::{self, CONFIG, LIVE, Side, affects},
+    told::tuned,
     tuning::{Keys, config_of, set, set_sides},
 };
 use crate::{
@@ -85,6 +86,12 @@ async fn pin(call: &Call, named: &Named, thread: Thread, map: &[u8], flags: u32)
             set_sides(call, &view, flags, &[thread.key()], keys).await?;
         }
     }
+    let which = match thread {
+        Thread::Vcpu(n) => format!("vcpupin{n}"),
+        Thread::Io(id) => format!("iothreadpin{id}"),
+        Thread::Emulator | Thread::Default => "emulatorpin".to_owned(),
+    };
+    tuned(call, &view, flags, vec![(format!("cputune.{which}"), Typed::Text(ranges(&wanted)))]);
     Ok(nothing())
 }
 

@@ -8,6 +8,7 @@ use super::{
     domain::is_running,
     nothing,
     sides::{CONFIG, LIVE, Side, affects, asked, edits, write},
+    told,
 };
 use crate::{
     error::VirError,
@@ -260,9 +261,10 @@ async fn set_scheduler_to(call: &Call, (named, all): (Named, Parameters), flags:
     let view = call.guest(&named)?;
     if call.opened()?.driver == Driver::Qemu {
         set_limits(call, &view, flags, |side| machine_shares(&all, &of_config(side.all_config)?)).await?;
-        return Ok(nothing());
+    } else {
+        set(call, &view, flags, "limits.cpu.allowance", allowance(&all)?).await?;
     }
-    set(call, &view, flags, "limits.cpu.allowance", allowance(&all)?).await?;
+    told::tuned(call, &view, flags, told::named("cputune", &all));
     Ok(nothing())
 }
 

@@ -7,7 +7,7 @@ use crate::{
     frame::{Frame, Header},
     instance_uuid,
     session::Session,
-    xdr::Writer,
+    xdr::{Typed, Writer},
 };
 use karst_model::{
     display::DisplayProtocol,
@@ -44,6 +44,7 @@ const SUSPEND: Kind = kind(12, 270, 330);
 const BALLOON_CHANGE: Kind = kind(13, 276, 331);
 const SUSPEND_DISK: Kind = kind(14, 292, 332);
 const DEVICE_REMOVED: Kind = kind(15, 311, 333);
+const TUNABLE: Kind = new_kind(17, 346);
 const AGENT_LIFECYCLE: Kind = new_kind(18, 348);
 const DEVICE_ADDED: Kind = new_kind(19, 354);
 const DEVICE_REMOVAL_FAILED: Kind = new_kind(22, 367);
@@ -226,6 +227,16 @@ pub(super) async fn described(session: &Arc<Session>, of: &Instance, id: i32, ab
     send(session, of, id, &message).await;
 }
 
+/// Tells that the run of a domain is tuned otherwise now.
+pub(super) async fn tuned(session: &Arc<Session>, of: &Instance, id: i32, parameters: &[(String, Typed)]) {
+    let message = Message::new(TUNABLE, |w| {
+        w.array(parameters, |w, (field, value)| {
+            w.typed(field, value);
+        });
+    });
+    send(session, of, id, &message).await;
+}
+
 async fn send(session: &Arc<Session>, of: &Instance, id: i32, message: &Message) {
     let uuid = instance_uuid(of);
     let wanted =
@@ -268,6 +279,7 @@ mod tests {
             BALLOON_CHANGE,
             SUSPEND_DISK,
             DEVICE_REMOVED,
+            TUNABLE,
             AGENT_LIFECYCLE,
             DEVICE_ADDED,
             DEVICE_REMOVAL_FAILED,
