@@ -535,7 +535,7 @@ impl RealAgent {
         let (pool, volume) = match disk.source {
             DiskSource::Volume { pool, volume } => (pool, volume),
             DiskSource::Host { ref path } => {
-                let drive = user.is_some() && disk.path.is_none();
+                let drive = user.is_some() && disk.path.is_none() && disk.share.tag.is_none();
                 let mut found = self.resolve_path(&disk, path, drive)?;
                 match &mut found {
                     Some(found) if drive => to_drive(found, path, disk.format, disk.media)?,
@@ -576,6 +576,7 @@ impl RealAgent {
             io: disk.io,
             pci: disk.pci,
             boot_priority: disk.boot_priority,
+            share: disk.share,
         }))
     }
 
@@ -624,6 +625,7 @@ impl RealAgent {
             io: disk.io,
             pci: disk.pci.clone(),
             boot_priority: disk.boot_priority,
+            share: disk.share.clone(),
         }))
     }
 
@@ -741,6 +743,7 @@ impl RealAgent {
                 io: self.driven(at.pool, spec.root.io)?,
                 pci: spec.root.pci,
                 boot_priority: spec.root.boot_priority,
+                share: Default::default(),
             },
             disks,
             // Read at a start only.
@@ -807,6 +810,7 @@ fn in_memory(disk: DiskSpec, size: Option<ByteSize>) -> ResolvedDisk {
         io: disk.io,
         pci: disk.pci,
         boot_priority: disk.boot_priority,
+        share: Default::default(),
     }
 }
 

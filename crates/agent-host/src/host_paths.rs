@@ -17,7 +17,8 @@ pub(crate) fn to_drive(
     media: Option<DriveMedia>,
 ) -> Result<()> {
     if disk.format != DiskFormat::Raw {
-        let text = format!("{path:?} is a directory, which a virtual machine mounts somewhere; set path");
+        let text =
+            format!("{path:?} is a directory, which a virtual machine mounts somewhere; set path, or tag");
         return Err(Error::invalid(format!("devices.{}.path", disk.name), text));
     }
     disk.cdrom = karst_model::device::is_disc(path, media);
@@ -36,13 +37,13 @@ pub(crate) fn demand_directory(disk: &ResolvedDisk) -> Result<()> {
     let field = |key: &str| format!("devices.{}.{key}", disk.name);
     if disk.format != DiskFormat::Directory {
         let text = format!(
-            "{:?} is not a directory; a virtual machine mounts directories of the host, and a drive has no path",
+            "{:?} is not a directory; a virtual machine mounts directories of the host, and a drive has no path and no tag",
             disk.path
         );
         return Err(Error::unsupported(text).at(field("source")));
     }
-    if disk.mount_point.is_none() {
-        let text = "a directory needs the path where the virtual machine mounts it";
+    if disk.mount_point.is_none() && disk.share.tag.is_none() {
+        let text = "a directory needs the path where the virtual machine mounts it, or a tag";
         return Err(Error::invalid(field("path"), text));
     }
     Ok(())
@@ -62,6 +63,8 @@ mod tests {
             ..karst_guest::samples::disk("data", "fs0", "/srv/shared", format)
         };
         demand_directory(&disk(DiskFormat::Directory, Some("/mnt"))).unwrap();
+        let share = karst_model::device::Share { tag: Some("data".into()), ..Default::default() };
+        demand_directory(&ResolvedDisk { share, ..disk(DiskFormat::Directory, None) }).unwrap();
         let field = |disk| demand_directory(&disk).unwrap_err().field.unwrap();
         assert_eq!(field(disk(DiskFormat::Directory, None)), "devices.data.path");
         assert_eq!(field(disk(DiskFormat::Raw, Some("/mnt"))), "devices.data.source");

@@ -7,7 +7,7 @@ use crate::{
     board::Board,
     device::{
         DiskIo, DriveFormat, DriveMedia, NicModel, NodeDevice, ParentLink, PortDevice, PortVlans,
-        ProxyDevice, RoutedLink,
+        ProxyDevice, RoutedLink, Share,
     },
     firewall::{AclSpec, AddressSetSpec, ForwardSpec, Policy},
     image::Application,
@@ -491,6 +491,9 @@ pub struct DiskSpec {
     /// What a path of the host is shown as, where its name is not to say it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub media: Option<DriveMedia>,
+    /// Of a directory that a virtual machine shares: its tag, and how it is shared.
+    #[serde(default, skip_serializing_if = "Share::is_usual")]
+    pub share: Share,
 }
 
 impl DiskSpec {

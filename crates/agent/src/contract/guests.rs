@@ -803,6 +803,7 @@ async fn hot_plugged_volume(guest: &Guest<'_>) {
         boot_priority: 0,
         format: Default::default(),
         media: None,
+        share: Default::default(),
     };
     let with = GuestSpec { disks: vec![disk], ..guest.spec.clone() };
     let applied = agent.guest_update(&s.change(), with).await.unwrap();

@@ -4,7 +4,7 @@ use ipnet::{IpNet, Ipv4Net};
 use karst_host::overlay::Layers;
 use karst_model::{
     Error, InstanceId, Result,
-    device::{DiskIo, NicModel, ParentLink, PortVlans, RoutedLink},
+    device::{DiskIo, NicModel, ParentLink, PortVlans, RoutedLink, Share},
     image::Application,
     instance::{Generation, InstanceKind},
     node::AcceleratorKind,
@@ -200,6 +200,9 @@ pub struct ResolvedDisk {
     pub pci: Option<String>,
     /// Boot order, higher first.
     pub boot_priority: u32,
+    /// Of a directory that a virtual machine shares: its tag, and how it is shared.
+    #[serde(default, skip_serializing_if = "Share::is_usual")]
+    pub share: Share,
 }
 
 /// An open path of the host. Two are equal when they are the same descriptor.

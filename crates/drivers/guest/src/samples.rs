@@ -63,6 +63,7 @@ pub fn disk(name: &str, slot: &str, path: impl Into<PathBuf>, format: DiskFormat
         io: Default::default(),
         pci: None,
         boot_priority: 0,
+        share: Default::default(),
     }
 }
 

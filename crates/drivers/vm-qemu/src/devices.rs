@@ -284,7 +284,7 @@ pub struct Disk {
 
 /// Higher priorities boot first; of the same, disks before NICs and lower slots first. QEMU counts from 1 upwards, and
 /// no two devices may have the same number, also not one that is plugged later.
-fn boot_index(priority: u32, number: u32) -> u32 {
+pub(crate) fn boot_index(priority: u32, number: u32) -> u32 {
     1 + (10_000 - priority.min(10_000)) * 1000 + number
 }
 

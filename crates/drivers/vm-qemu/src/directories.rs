@@ -9,13 +9,18 @@
 //!
 //! Why it is as it is: ADR 0058 and ADR 0065.
 
-use crate::{argv::fd, devices::Layout, inside::SharedDirectory, owners};
+use crate::{
+    argv::fd,
+    devices::{self, Layout},
+    inside::SharedDirectory,
+    owners,
+};
 use karst_guest::{DiskFormat, ResolvedDisk, ResolvedGuest};
 use karst_guest_agent::message;
 use karst_host::mountns::{self as mount, MountOptions};
 use karst_model::{
     Error, Result,
-    device::{DiskBus, DiskLimits, DiskRate},
+    device::{DiskBus, DiskLimits, DiskRate, Share, ShareAccess, share_tag},
 };
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -27,8 +32,6 @@ use std::{
 
 /// Directories of one machine.
 pub const MAX_DIRECTORIES: usize = 16;
-/// Longest tag that the guest's kernel knows.
-const MAX_TAG: usize = 31;
 /// Requests that a guest can have under way at virtiofsd.
 const QUEUE: u32 = 1024;
 
@@ -56,7 +59,7 @@ pub struct Directory {
     pub pci: Option<String>,
     /// Where it is on the host; only a name where a descriptor was opened.
     pub source: PathBuf,
-    /// Where the guest mounts it.
+    /// Where Karst's agent mounts it; empty where that is left to the guest.
     pub at: String,
     /// The guest cannot write.
     pub readonly: bool,
@@ -72,11 +75,17 @@ pub struct Directory {
     /// How it is to be shared; as is best here when nothing is said.
     #[serde(default)]
     pub bus: Option<DiskBus>,
+    /// Its tag, and what of how it is shared is not as usual.
+    #[serde(default, skip_serializing_if = "Share::is_usual")]
+    pub share: Share,
+    /// Boot order, higher first; 0 where nothing is booted from it.
+    #[serde(default)]
+    pub boot_priority: u32,
 }
 
 /// Is it a directory to share, not a drive?
 pub(crate) fn is_directory(disk: &ResolvedDisk) -> bool {
-    disk.format == DiskFormat::Directory && disk.mount_point.is_some()
+    disk.format == DiskFormat::Directory && (disk.mount_point.is_some() || disk.share.tag.is_some())
 }
 
 /// The disks that QEMU drives, the root first where the guest sees it.
@@ -101,6 +110,8 @@ pub(crate) fn of(guest: &ResolvedGuest) -> Vec<Directory> {
             shift: d.shift,
             limits: d.io.limits,
             bus: d.io.bus,
+            share: d.share.clone(),
+            boot_priority: d.boot_priority,
         })
         .collect()
 }
@@ -122,13 +133,13 @@ pub(crate) fn pending(
     old.chain(new).map(|d| format!("devices.{}", d.name)).collect()
 }
 
-/// What the agent inside mounts, one that lies in another after that.
+/// What the agent inside mounts, one that lies in another after that. Those without a place are the guest's own to mount.
 pub(crate) fn mounts(directories: &[Directory], virtiofs: &BTreeSet<String>) -> Vec<SharedDirectory> {
     let one = |d: &Directory| SharedDirectory {
         mount: message::Mount { tag: d.tag(), path: d.at.clone(), readonly: d.readonly },
         virtiofs: virtiofs.contains(&d.slot),
     };
-    let mut all: Vec<_> = directories.iter().map(one).collect();
+    let mut all: Vec<_> = directories.iter().filter(|d| !d.at.is_empty()).map(one).collect();
     all.sort_by(|a, b| a.mount.path.cmp(&b.mount.path));
     all
 }
@@ -175,8 +186,11 @@ pub(crate) fn open(
         }
         let opened = tree(guest, directory, ids.as_fd())?;
         // Of the volume, whoever reads: what a machine wrote there is what it says beside it.
-        let mapped = !directory.foreign && owners::can_be_beside(&opened);
-        if mapped && !directory.readonly {
+        let mapped = match directory.share.options.access {
+            Some(access) => access == ShareAccess::Mapped,
+            None => !directory.foreign && owners::can_be_beside(&opened),
+        };
+        if mapped && !directory.foreign && !directory.readonly {
             owners::mark(&opened, true);
         }
         Ok((Some(opened), Way::Plan9 { mapped }))
@@ -203,12 +217,9 @@ impl Directory {
         format!("devices.{}", self.name)
     }
 
-    /// The name by which the guest mounts it: the device's, where that can be one and is not that of the share with the agent.
+    /// The name by which the guest mounts it.
     pub fn tag(&self) -> String {
-        let own = self.name == "config" || self.name.starts_with("karst-");
-        let plain = self.name.bytes().all(|b| b.is_ascii_alphanumeric() || b"._-".contains(&b));
-        let fits = (1..=MAX_TAG).contains(&self.name.len()) && plain && !own;
-        if fits { self.name.clone() } else { format!("karst-{}", self.slot) }
+        self.share.tag.clone().unwrap_or_else(|| share_tag(&self.name, &self.slot))
     }
 
     /// QEMU's id of its device and of its host side.
@@ -234,9 +245,23 @@ impl Directory {
             Way::Virtiofs => return Ok(("-chardev", format!("socket,id={id},fd={number}"))),
             Way::Plan9 { mapped } => mapped,
         };
-        let model = if mapped { "mapped-xattr" } else { "none" };
+        let options = &self.share.options;
+        let model = match options.access {
+            Some(ShareAccess::Passthrough) => "passthrough",
+            _ if mapped => "mapped-xattr",
+            _ => "none",
+        };
+        let several = options.devices.map_or("remap", |d| d.as_str());
         let mut text =
-            format!("local,id={id},path=/proc/self/fd/{number},security_model={model},multidevs=remap");
+            format!("local,id={id},path=/proc/self/fd/{number},security_model={model},multidevs={several}");
+        for (name, mode) in [("fmode", options.file_mode), ("dmode", options.directory_mode)] {
+            if let Some(mode) = mode {
+                text.push_str(&format!(",{name}={mode:04o}"));
+            }
+        }
+        if options.immediate {
+            text.push_str(",writeout=immediate");
+        }
         if self.readonly {
             text.push_str(",readonly=on");
         }
@@ -266,9 +291,16 @@ impl Directory {
             }),
             // It has no legacy to disable.
             Way::Virtiofs => json!({
-                "driver": "vhost-user-fs-pci", "id": id, "chardev": id, "tag": self.tag(), "queue-size": QUEUE,
+                "driver": "vhost-user-fs-pci", "id": id, "chardev": id, "tag": self.tag(),
+                "queue-size": self.share.options.queue_size.map_or(QUEUE, u32::from),
             }),
         };
+        if way == Way::Virtiofs && self.boot_priority > 0 {
+            // After the drives and NICs of the same priority.
+            let number = self.slot.trim_start_matches("fs").parse().unwrap_or(0);
+            device["bootindex"] = devices::boot_index(self.boot_priority, 900 + number).into();
+        }
+        devices::virtio(&mut device, &self.share.options.virtio);
         let pci = self.pci.as_deref().ok_or_else(|| {
             Error::conflict(
                 "the virtual machine has no free PCI slot for a shared directory; remove another device",
@@ -283,6 +315,7 @@ impl Directory {
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
+    use karst_model::device::ShareOptions;
 
     pub(crate) fn directory(name: &str, slot: &str) -> Directory {
         Directory {
@@ -297,6 +330,8 @@ pub(crate) mod tests {
             shift: false,
             limits: DiskLimits::default(),
             bus: None,
+            share: Share::default(),
+            boot_priority: 0,
         }
     }
 
@@ -322,6 +357,51 @@ pub(crate) mod tests {
             told.collect::<Vec<_>>(),
             [("/mnt/data".to_owned(), false), ("/mnt/data/below".to_owned(), true)]
         );
+    }
+
+    #[test]
+    fn what_has_a_tag_is_known_by_it_and_mounted_where_it_has_a_place() {
+        let share = Share { tag: Some("/import/from/host".into()), ..Share::default() };
+        let own = Directory { at: String::new(), share, ..directory("filesystem0", "fs0") };
+        assert_eq!(own.tag(), "/import/from/host");
+        assert!(mounts(std::slice::from_ref(&own), &BTreeSet::new()).is_empty());
+        let placed = Directory { at: "/mnt".into(), ..own.clone() };
+        assert_eq!(mounts(&[placed], &BTreeSet::new())[0].mount.tag, "/import/from/host");
+        let device = own.device(Q35, PLAN9).unwrap();
+        assert_eq!(device["mount_tag"], json!("/import/from/host"));
+        let other =
+            Directory { share: Share { tag: Some("other".into()), ..Share::default() }, ..own.clone() };
+        assert_eq!(
+            pending(&[own], &[other], &BTreeSet::new()),
+            BTreeSet::from(["devices.filesystem0".to_owned()])
+        );
+    }
+
+    #[test]
+    fn options_are_said_to_qemu() {
+        let with = |text: &str, bus: DiskBus| {
+            let options = ShareOptions::parse("f", text, Some(bus)).unwrap();
+            Directory { share: Share { tag: None, options }, bus: Some(bus), ..directory("data", "fs2") }
+        };
+        let host =
+            |text: &str, mapped: bool| with(text, DiskBus::Plan9).host(0, Way::Plan9 { mapped }).unwrap().1;
+        let all = host("access=mapped,file-mode=640,directory-mode=0750,devices=forbid,immediate", true);
+        assert_eq!(
+            all,
+            "local,id=directory-fs2,path=/proc/self/fd/200,security_model=mapped-xattr,multidevs=forbid,fmode=0640,dmode=0750,\
+             writeout=immediate"
+        );
+        assert!(host("access=passthrough", false).contains("security_model=passthrough,multidevs=remap"));
+        assert!(host("access=squash,devices=warn", false).contains("security_model=none,multidevs=warn"));
+        let device = with("packed,iommu", DiskBus::Plan9).device(Q35, PLAN9).unwrap();
+        assert_eq!((&device["packed"], &device["iommu_platform"]), (&json!(true), &json!(true)));
+        let mut served = with("queue-size=256,ats", DiskBus::Virtiofs);
+        let device = served.device(Q35, Way::Virtiofs).unwrap();
+        assert_eq!((&device["queue-size"], &device["ats"]), (&json!(256), &json!(true)));
+        assert_eq!(device.get("bootindex"), None);
+        served.boot_priority = 998;
+        assert!(served.device(Q35, Way::Virtiofs).unwrap()["bootindex"].is_u64());
+        assert_eq!(served.device(Q35, PLAN9).unwrap().get("bootindex"), None, "9p has no such property");
     }
 
     #[test]

@@ -41,6 +41,7 @@ fn same_disk(a: &ResolvedDisk, b: &ResolvedDisk) -> bool {
         d.boot_priority = 0;
         d.name = String::new();
         d.mount_point = None;
+        d.share = Default::default();
         // Whether others may write it too is said when it is plugged, and holds as long as it is.
         d.shared = false;
         // Opened anew each time.

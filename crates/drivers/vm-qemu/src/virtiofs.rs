@@ -24,7 +24,7 @@ use karst_guest::{
 use karst_host::{Program, cgroup::Cgroups, mountns};
 use karst_model::{
     Error, Result,
-    device::{DiskBus, DiskLimits},
+    device::{DiskBus, DiskLimits, ShareCache, ShareOptions},
     instance::RuntimeState,
 };
 use std::{
@@ -162,8 +162,14 @@ pub(crate) async fn demand(
 }
 
 /// Its arguments, the program's name first. All that could be its default is said.
-fn argv(place: &Path) -> Vec<String> {
-    vec![
+fn argv(place: &Path, options: &ShareOptions) -> Vec<String> {
+    let cache = match options.cache {
+        // A second old at most, so that others who write there are seen; and files can be mapped.
+        None => "auto",
+        Some(ShareCache::None) => "never",
+        Some(ShareCache::Always) => "always",
+    };
+    let mut all: Vec<String> = vec![
         "virtiofsd".into(),
         format!("--fd={LISTENER}"),
         format!("--shared-dir={}", place.display()),
@@ -174,13 +180,16 @@ fn argv(place: &Path) -> Vec<String> {
         "--inode-file-handles=never".into(),
         // What is mounted below has inodes of its own.
         "--announce-submounts".into(),
-        "--xattr".into(),
-        // A second old at most, so that others who write there are seen; and files can be mapped.
-        "--cache=auto".into(),
+        format!("--cache={cache}"),
         // As they were set.
         "--rlimit-nofile=0".into(),
         "--log-level=warn".into(),
-    ]
+    ];
+    if !options.no_attributes {
+        all.push("--xattr".into());
+    }
+    all.extend(options.threads.map(|n| format!("--thread-pool-size={n}")));
+    all
 }
 
 fn place() -> Result<&'static Path> {
@@ -280,7 +289,7 @@ async fn start_one(
         instance: guest.instance.to_string(),
         generation: (guest.generation.incarnation, guest.generation.n),
         program: Program::Virtiofsd.path()?,
-        argv: argv(ready.place).into_iter().map(Into::into).collect(),
+        argv: argv(ready.place, &directory.share.options).into_iter().map(Into::into).collect(),
         env: vec![("PATH".into(), "/usr/bin:/bin".into()), ("LC_ALL".into(), "C.UTF-8".into())],
         mount_namespace: true,
         user_namespace: true,
@@ -439,7 +448,7 @@ mod tests {
 
     #[test]
     fn its_arguments() {
-        insta::assert_snapshot!(argv(Path::new("/mnt")).join("\n"), @r"
+        insta::assert_snapshot!(argv(Path::new("/mnt"), &ShareOptions::default()).join("\n"), @r"
         virtiofsd
         --fd=10
         --shared-dir=/mnt
@@ -447,11 +456,21 @@ mod tests {
         --seccomp=kill
         --inode-file-handles=never
         --announce-submounts
-        --xattr
         --cache=auto
         --rlimit-nofile=0
         --log-level=warn
+        --xattr
         ");
+        let said = |text: &str| {
+            let options = ShareOptions::parse("f", text, Some(DiskBus::Virtiofs)).unwrap();
+            argv(Path::new("/mnt"), &options)
+        };
+        let all = said("cache=always,attributes=off,threads=16");
+        assert!(
+            all.iter().any(|a| a == "--cache=always") && all.iter().any(|a| a == "--thread-pool-size=16")
+        );
+        assert!(!all.iter().any(|a| a == "--xattr"), "{all:?}");
+        assert!(said("cache=none").iter().any(|a| a == "--cache=never"));
         assert!(place().unwrap().is_dir());
     }
 

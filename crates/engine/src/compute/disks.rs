@@ -72,8 +72,8 @@ fn check_drive(
     device: &str,
     disk: &DiskDevice,
 ) -> Result<()> {
-    let (DiskOrigin::Host { path }, None, InstanceKind::VirtualMachine) =
-        (&disk.source, &disk.path, instance.kind)
+    let (DiskOrigin::Host { path }, false, InstanceKind::VirtualMachine) =
+        (&disk.source, disk.is_directory(), instance.kind)
     else {
         return Ok(());
     };
@@ -226,19 +226,20 @@ fn take(records: &Records, tx: &mut Tx, instance: &Instance, row: &Row<Volume>, 
 
 fn check_content(kind: InstanceKind, volume: &Volume, device: &str, disk: &DiskDevice) -> Result<()> {
     let field = format!("devices.{device}.path");
-    match (volume.content, kind, &disk.path) {
-        (VolumeContent::Filesystem, _, None) => {
-            Err(Error::invalid(field, "a file system needs a path where it is mounted in the guest"))
-        }
+    match (volume.content, kind, disk.is_directory()) {
+        (VolumeContent::Filesystem, _, false) => Err(Error::invalid(
+            field,
+            "a file system needs a path where it is mounted in the guest; a virtual machine can do with a tag",
+        )),
         // What a machine shares is checked with the rest of its devices.
         (VolumeContent::Filesystem, ..) => Ok(()),
         (content, InstanceKind::Container, _) => Err(Error::invalid(
             format!("devices.{device}.source"),
             format!("{:?} is {}; containers can attach file systems only", volume.name, called(content)),
         )),
-        (content, InstanceKind::VirtualMachine, Some(_)) => Err(Error::invalid(
+        (content, InstanceKind::VirtualMachine, true) => Err(Error::invalid(
             field,
-            format!("{} has no path; the guest sees it as a drive", called(content)),
+            format!("{} has no path and no tag; the guest sees it as a drive", called(content)),
         )),
         (VolumeContent::Block, ..) if !disk.attached => Err(Error::invalid(
             format!("devices.{device}.attached"),
@@ -252,23 +253,34 @@ fn check_content(kind: InstanceKind, volume: &Volume, device: &str, disk: &DiskD
                 "a disc is in a drive of virtio-scsi, sata or ide",
             ))
         }
-        (_, InstanceKind::VirtualMachine, None) => Ok(()),
+        (_, InstanceKind::VirtualMachine, false) => Ok(()),
     }
 }
 
-/// Does a disk of a virtual machine fit as what it is: a directory that it shares with its host, which has a path, or a drive?
+/// Refuses what is said of directories of virtual machines alone.
+pub(crate) fn demand_no_share(device: &str, disk: &DiskDevice) -> Result<()> {
+    let key = match (&disk.share.tag, disk.share.options.is_usual()) {
+        (Some(_), _) => "tag",
+        (None, false) => "share.options",
+        (None, true) => return Ok(()),
+    };
+    let text = "is said of a directory that a virtual machine shares; a container has it mounted at a path";
+    Err(Error::invalid(format!("devices.{device}.{key}"), text))
+}
+
+/// Does a disk of a virtual machine fit as what it is: a directory that it shares with its host, which has a path or a tag, or a drive?
 pub(crate) fn check_directory(device: &str, disk: &DiskDevice, stateful: bool) -> Result<()> {
     let field = |key: &str| format!("devices.{device}.{key}");
-    let Some(path) = &disk.path else {
+    if !disk.is_directory() {
         return match disk.io.bus {
             Some(DiskBus::Plan9 | DiskBus::Virtiofs) => Err(Error::invalid(
                 field("io.bus"),
-                "that is how directories are shared, which need a path; a drive has virtio-scsi, virtio-blk, nvme or sata",
+                "that is how directories are shared, which need a path or a tag; a drive has virtio-scsi, virtio-blk, nvme or sata",
             )),
             _ => Ok(()),
         };
-    };
-    if ["/dev", "/proc", "/sys"].contains(&path.as_str()) {
+    }
+    if let Some(path) = disk.path.as_ref().filter(|p| ["/dev", "/proc", "/sys"].contains(&p.as_str())) {
         return Err(Error::invalid(field("path"), format!("nothing can be mounted at {path:?}")));
     }
     match disk.io.bus {
@@ -294,8 +306,9 @@ pub(crate) fn check_directory(device: &str, disk: &DiskDevice, stateful: bool) -
     if disk.io.options != Default::default() {
         return Err(Error::invalid(field("io.options"), "a shared directory has no options of a drive"));
     }
-    if disk.boot_priority.is_some() {
-        return Err(Error::invalid(field("boot.priority"), "no machine boots from a shared directory"));
+    if disk.boot_priority.is_some() && disk.io.bus != Some(DiskBus::Virtiofs) {
+        let text = "a machine boots from a shared directory by virtiofs alone; set io.bus=virtiofs";
+        return Err(Error::invalid(field("boot.priority"), text));
     }
     if disk.follow {
         return Err(Error::unsupported(
@@ -307,7 +320,7 @@ pub(crate) fn check_directory(device: &str, disk: &DiskDevice, stateful: bool) -
         return Err(Error::unsupported(
             "the memory of a virtual machine that shares directories cannot be kept; unset migration.stateful",
         )
-        .at(field("path")));
+        .at(field(if disk.path.is_some() { "path" } else { "tag" })));
     }
     Ok(())
 }
@@ -380,6 +393,14 @@ mod tests {
             &[path, ("io.bus", "auto"), ("limits.max", "50iops")],
             &[path, ("readonly", "true"), ("recursive", "true"), ("shift", "true"), ("limits.max", "1MiB")],
             &[("io.bus", "nvme"), ("boot.priority", "1")],
+            &[("tag", "data")],
+            &[
+                ("tag", "data"),
+                path,
+                ("io.bus", "virtiofs"),
+                ("boot.priority", "1"),
+                ("share.options", "cache=none"),
+            ],
         ] {
             check(good, false).unwrap();
         }
@@ -396,9 +417,19 @@ mod tests {
             (&[path, ("propagation", "rslave")], false, "devices.d.propagation"),
             (&[("path", "/proc")], false, "devices.d.path"),
             (&[path], true, "devices.d.path"),
+            (&[("tag", "data")], true, "devices.d.tag"),
+            (&[("tag", "data"), ("io.bus", "9p"), ("boot.priority", "1")], false, "devices.d.boot.priority"),
+            (&[("tag", "data"), ("io.bus", "nvme")], false, "devices.d.io.bus"),
         ] {
             assert_eq!(check(keys, stateful).unwrap_err().field.as_deref(), Some(field), "{keys:?}");
         }
         check(&[("io.bus", "virtio-blk")], true).expect("its drives can be kept");
+        demand_no_share("d", &disk(&[path])).unwrap();
+        for (keys, field) in [
+            (&[("tag", "t")][..], "devices.d.tag"),
+            (&[path, ("share.options", "packed")], "devices.d.share.options"),
+        ] {
+            assert_eq!(demand_no_share("d", &disk(keys)).unwrap_err().field.as_deref(), Some(field));
+        }
     }
 }

@@ -110,6 +110,7 @@ pub fn parse_devices(devices: &Devices) -> Result<ParsedDevices> {
             ));
         }
     }
+    demand_tags(&disks)?;
     let root = root.ok_or_else(|| {
         Error::invalid(
             "devices",
@@ -117,6 +118,20 @@ pub fn parse_devices(devices: &Devices) -> Result<ParsedDevices> {
         )
     })?;
     Ok(ParsedDevices { root, disks, nodes, proxies, nics, tpm, kernel, ports })
+}
+
+/// A guest tells directories by their tags, so each has one of its own. Those without a word get their device's name.
+fn demand_tags(disks: &[(String, DiskDevice)]) -> Result<()> {
+    let mut tags: BTreeMap<&str, &String> = BTreeMap::new();
+    for (name, disk) in disks.iter().filter(|(_, disk)| disk.is_directory()) {
+        let tag = disk.share.tag.as_deref().unwrap_or(name);
+        if let Some(other) = tags.insert(tag, name) {
+            let of = if disk.share.tag.is_some() { name } else { other };
+            let text = format!("the directories {other:?} and {name:?} have the same tag {tag:?}");
+            return Err(Error::invalid(format!("devices.{of}.tag"), text));
+        }
+    }
+    Ok(())
 }
 
 /// Each port is at a place of its own, and there are not more than QEMU has room for.
@@ -202,7 +217,7 @@ pub(crate) fn assign_beside(
             let shared = slots::kind_of(slot) == slots::prefix(DiskBus::Plan9);
             match parsed.disks.iter().find(|(n, _)| n == name) {
                 // On another bus it is another device, and a directory is no drive.
-                Some((_, disk)) => bus(slot, disk.io.bus) && shared == disk.path.is_some(),
+                Some((_, disk)) => bus(slot, disk.io.bus) && shared == disk.is_directory(),
                 None if name == root_name => {
                     let hidden = slots::kind_of(slot) == slots::HIDDEN;
                     if root.attached { !hidden && bus(slot, root.io.bus) } else { hidden }
@@ -236,7 +251,7 @@ pub(crate) fn assign_beside(
         let identity = kept.get(name).cloned().unwrap_or_else(|| {
             let (slot, pci) = match hardware {
                 None => (free.slot("disk"), None),
-                Some(_) if disk.path.is_some() => free.share(),
+                Some(_) if disk.is_directory() => free.share(),
                 Some(_) => free.disk(disk.io.bus.unwrap_or(DiskBus::VirtioScsi)),
             };
             fresh(slot, pci, random)
@@ -369,11 +384,12 @@ pub fn guest_spec(
     for (name, disk) in &parsed.disks {
         let id = identity(name)?;
         demand_bus(name, disk.io.bus, pc)?;
-        if instance.kind == InstanceKind::VirtualMachine {
-            super::disks::check_directory(name, disk, stateful)?;
+        match instance.kind {
+            InstanceKind::VirtualMachine => super::disks::check_directory(name, disk, stateful)?,
+            InstanceKind::Container => super::disks::demand_no_share(name, disk)?,
         }
         // A drive of discs stays without one; what is mounted does not.
-        if !disk.attached && (instance.kind == InstanceKind::Container || disk.path.is_some()) {
+        if !disk.attached && (instance.kind == InstanceKind::Container || disk.is_directory()) {
             continue;
         }
         let source = match &disk.source {
@@ -405,6 +421,7 @@ pub fn guest_spec(
             boot_priority: disk.boot_priority.unwrap_or(0),
             format: disk.format,
             media: disk.media,
+            share: disk.share.clone(),
         });
     }
     disks.sort_by_key(|d| slot_number(&d.slot));
@@ -728,9 +745,24 @@ mod tests {
         let shared = assign(&drive, &with(Some(("path", "/mnt"))));
         assert_eq!((shared["data"].slot.as_str(), shared["data"].pci.as_deref()), ("fs0", Some("02:00.0")));
         assert_eq!(shared["eth0"], drive["eth0"]);
+        let tagged = assign(&shared, &with(Some(("tag", "data"))));
+        assert_eq!(tagged["data"], shared["data"], "and one that the guest mounts itself is no drive either");
         let moved = assign(&shared, &with(Some(("path", "/srv"))));
         assert_eq!(moved["data"], shared["data"], "it is the same at another place inside");
         assert_eq!(assign(&moved, &with(None))["data"].slot, "scsi1");
+    }
+
+    #[test]
+    fn two_directories_have_two_tags() {
+        let share = |tag: &'static str| [("type", "disk"), ("source", "/srv/a"), ("tag", tag)];
+        let (one, two, named) = (share("one"), share("two"), share("c"));
+        parse_devices(&devices(&[ROOT, ("a", &one), ("b", &two)])).unwrap();
+        let e = parse_devices(&devices(&[ROOT, ("a", &one), ("b", &one)])).unwrap_err();
+        assert_eq!(e.field.as_deref(), Some("devices.b.tag"));
+        // One without a word has its device's name.
+        let place = [("type", "disk"), ("source", "/srv/c"), ("path", "/c")];
+        let e = parse_devices(&devices(&[ROOT, ("b", &named), ("c", &place)])).unwrap_err();
+        assert_eq!(e.field.as_deref(), Some("devices.b.tag"));
     }
 
     #[test]

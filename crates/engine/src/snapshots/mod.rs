@@ -333,7 +333,7 @@ pub(crate) fn uncovered(
     let mut names: Vec<String> =
         (!covered.contains(&root)).then(|| parsed.root.0.clone()).into_iter().collect();
     for (name, disk) in &parsed.disks {
-        if disk.path.is_some() || disk.readonly || !disk.attached {
+        if disk.is_directory() || disk.readonly || !disk.attached {
             continue;
         }
         let held = match &disk.source {

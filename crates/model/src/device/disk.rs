@@ -1,6 +1,6 @@
 //! Disks.
 
-use super::{Keys, Rates};
+use super::{Keys, Rates, Share};
 use crate::{ByteSize, Error, Result, options::DiskOptions};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -65,6 +65,9 @@ pub struct DiskDevice {
     /// What a path of the host is shown as, where its name is not to say it.
     #[serde(default)]
     pub media: Option<DriveMedia>,
+    /// Of a directory that a virtual machine shares: its tag, and how it is shared.
+    #[serde(default, skip_serializing_if = "Share::is_usual")]
+    pub share: Share,
 }
 
 /// How a drive of a virtual machine that is a path of the host is written down: stated, never found out.
@@ -132,10 +135,10 @@ pub fn is_disc(path: &str, media: Option<DriveMedia>) -> bool {
 }
 
 /// The path of the host that a disk of a virtual machine is a drive of, by its keys; nothing of a volume, or of a directory, which has
-/// a path in the machine too.
+/// a path in the machine too, or a tag.
 pub fn host_drive(keys: &BTreeMap<String, String>) -> Option<&str> {
     let key = |name: &str| keys.get(name).map(String::as_str).filter(|v| !v.is_empty());
-    let drive = key("type") == Some("disk") && key("pool").is_none() && key("path").is_none();
+    let drive = key("type") == Some("disk") && ["pool", "path", "tag"].iter().all(|k| key(k).is_none());
     key("source").filter(|source| drive && source.starts_with('/'))
 }
 
@@ -276,6 +279,8 @@ pub(super) const OTHER_KEYS: &[&str] = &[
     "size",
     "format",
     "media",
+    "tag",
+    "share.options",
 ];
 pub(super) const IO_KEYS: [&str; 8] = [
     "io.bus",
@@ -346,7 +351,7 @@ fn demand_drive(keys: &Keys<'_>) -> Result<()> {
     match keys.get("io.bus") {
         Some(AUTO_BUS) => Err(Error::invalid(
             keys.field("io.bus"),
-            "auto is how directories are shared, which have a path; leave io.bus out for a drive's default",
+            "auto is how directories are shared, which have a path or a tag; leave io.bus out for a drive's default",
         )),
         _ => Ok(()),
     }
@@ -447,15 +452,17 @@ impl DiskDevice {
         });
         let path = path.transpose()?;
         let io = DiskIo::parse(keys)?;
-        if path.is_none() {
+        let share = Share::parse(keys, io.bus)?;
+        let directory = path.is_some() || share.tag.is_some();
+        if !directory {
             demand_drive(keys)?;
         }
-        if path.is_some() && io.rates.is_some() {
+        if directory && io.rates.is_some() {
             let text = "is of a drive of a virtual machine; a directory has limits.read and limits.write";
             return Err(Error::invalid(keys.field("limits.rates"), text));
         }
         for key in ["format", "media"] {
-            if keys.get(key).is_some() && (path.is_some() || !matches!(source, DiskOrigin::Host { .. })) {
+            if keys.get(key).is_some() && (directory || !matches!(source, DiskOrigin::Host { .. })) {
                 let text = "is said of a path of the host that a virtual machine has as a drive, and of nothing else";
                 return Err(Error::invalid(keys.field(key), text));
             }
@@ -473,7 +480,13 @@ impl DiskDevice {
             attached: keys.get("attached").is_none() || keys.boolean("attached")?,
             format: keys.one_of("format", DRIVE_FORMATS)?.unwrap_or_default(),
             media: keys.one_of("media", DRIVE_MEDIA)?,
+            share,
         })
+    }
+
+    /// Is it a directory that is mounted in the guest, or shared with it, and no drive?
+    pub fn is_directory(&self) -> bool {
+        self.path.is_some() || self.share.tag.is_some()
     }
 
     /// Is it a path of the host that is a disc to a virtual machine?

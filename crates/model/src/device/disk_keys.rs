@@ -69,7 +69,7 @@ pub const DISK_KEYS: &[(&str, bool, bool, &str)] = &[
         "path",
         true,
         true,
-        "Where it is mounted: `/` is the root disk. A virtual machine shares a directory there; without it, it has a drive.",
+        "Where it is mounted: `/` is the root disk. A virtual machine shares a directory there; without it, and without a `tag`, it has a drive.",
     ),
     ("pool", true, true, "Pool of the root disk, or of the custom volume that `source` names."),
     (
@@ -81,6 +81,12 @@ pub const DISK_KEYS: &[(&str, bool, bool, &str)] = &[
     ("readonly", false, true, "Nobody writes through it (false)."),
     ("recursive", false, true, "Mounts below a directory of the host are there too (false)."),
     ("required", false, true, "`false`: the instance starts without it where it is missing (true)."),
+    (
+        "share.options",
+        false,
+        true,
+        "Virtual machines, of a directory: what of how it is shared is not as usual, a list of `access=` (`passthrough`, `mapped`, `squash`), `file-mode=0644` and `directory-mode=0755` (with `access=mapped`), `devices=` (`remap`, `forbid`, `warn`) and `immediate` of `io.bus=9p`, `queue-size=`, `cache=` (`none`, `always`), `attributes=off` and `threads=` of `io.bus=virtiofs`, and `iommu`, `ats`, `packed`, `page-per-queue`.",
+    ),
     ("shift", false, true, "Owners of a directory of the host are mapped into the container's ids (false)."),
     ("size", true, true, "Size of the root disk, or of a file system in memory."),
     (
@@ -88,6 +94,12 @@ pub const DISK_KEYS: &[(&str, bool, bool, &str)] = &[
         true,
         true,
         "A custom volume of the pool, a path of the host that `path_prefixes` of host-policy.toml grants, or `tmpfs:`.",
+    ),
+    (
+        "tag",
+        false,
+        true,
+        "Virtual machines, of a directory: the name by which the guest mounts it itself, or Karst's agent where there is a `path` too (the device's name).",
     ),
     ("type", true, true, "`disk`."),
 ];

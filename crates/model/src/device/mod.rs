@@ -11,6 +11,7 @@ mod other_keys;
 mod port;
 mod proxy;
 mod rates;
+mod share;
 mod tpm;
 
 pub use disk::*;
@@ -25,6 +26,7 @@ pub use other_keys::DEVICE_KEYS;
 pub use port::*;
 pub use proxy::*;
 pub use rates::{RATE_WORDS, Rate, Rates};
+pub use share::*;
 pub use tpm::*;
 
 use crate::{ByteSize, Error, Result, error::nearest};
@@ -279,8 +281,31 @@ mod tests {
             let shared = parse(&[("source", "v"), ("pool", "p"), ("path", "/x"), ("io.bus", word)]).unwrap();
             assert!(matches!(shared, Device::Disk(d) if d.io.bus == bus), "{word}");
         }
+        // What has a tag is a directory, and the guest's to mount.
+        let tagged = parse(&[
+            ("source", "/srv/share"),
+            ("tag", "share"),
+            ("io.bus", "9p"),
+            ("share.options", "access=squash"),
+        ]);
+        let Ok(Device::Disk(disk)) = tagged else { panic!("{tagged:?}") };
+        assert!(disk.is_directory() && disk.path.is_none() && disk.share.tag.as_deref() == Some("share"));
+        assert_eq!(disk.share.options.access, Some(ShareAccess::Squash));
+        let drive = |more: &[(&str, &str)]| {
+            let mut keys = dev(&[("type", "disk"), ("source", "/srv/share")]);
+            keys.extend(dev(more));
+            host_drive(&keys).is_some()
+        };
+        assert!(
+            drive(&[]) && drive(&[("tag", "")]) && !drive(&[("tag", "share")]) && !drive(&[("path", "/x")])
+        );
         for (pairs, field) in [
             (&[("path", "/data")][..], "source"),
+            (&[("source", "/srv"), ("share.options", "packed")], "share.options"),
+            (&[("source", "/srv"), ("tag", "t"), ("share.options", "immediate")], "share.options"),
+            (&[("source", "/srv"), ("tag", "config")], "tag"),
+            (&[("source", "/srv"), ("tag", "t"), ("format", "raw")], "format"),
+            (&[("source", "/srv"), ("tag", "t"), ("limits.rates", "read-bytes=5")], "limits.rates"),
             (&[("source", "relative"), ("path", "/x")], "pool"),
             (&[("source", "/a/../etc"), ("path", "/x")], "source"),
             (&[("source", "/srv"), ("path", "/a/../etc")], "path"),
