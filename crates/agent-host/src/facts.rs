@@ -53,6 +53,7 @@ pub(crate) async fn complete(facts: &mut HostFacts, policy: &HostPolicy) {
         Ok(found) => {
             (facts.qemu, facts.default_machine) = (Some(found.qemu_version), Some(found.default_machine));
             facts.spice = found.spice;
+            facts.virtiofs = karst_vm_qemu::virtiofs::demand_program().await.is_ok();
             if facts.accelerator.kind == AcceleratorKind::Tcg {
                 facts.warnings.push(facts.accelerator.reason.clone());
             }

@@ -55,6 +55,9 @@ pub struct HostFacts {
     /// QEMU of this host serves screens by SPICE too.
     #[serde(default)]
     pub spice: bool,
+    /// It has a virtiofsd that directories can be shared by.
+    #[serde(default)]
+    pub virtiofs: bool,
     /// Where screens of machines may listen.
     #[serde(default, skip_serializing_if = "ScreenGrants::is_empty")]
     pub screens: ScreenGrants,

@@ -89,6 +89,7 @@ calls! {
             lxc: Some("5.0.2".into()),
             default_machine: Some("pc-q35-7.2".into()),
             spice: true,
+            virtiofs: true,
             screens: me.options.screens.clone(),
             cgroup_layout: "v2".into(),
             cpus: me.options.cpus,

@@ -10,6 +10,7 @@ mod define;
 mod documents;
 mod elements;
 mod events;
+mod filesystems;
 mod fuzzed;
 mod graphics;
 mod host;

@@ -268,6 +268,22 @@ pub fn share_tag(device: &str, slot: &str) -> String {
     if fits { device.to_owned() } else { format!("karst-{slot}") }
 }
 
+/// Why it can be no tag of a directory; `bus` is how that is said to be shared.
+pub fn tag_fault(tag: &str, bus: Option<DiskBus>) -> Option<String> {
+    let most = if bus == Some(DiskBus::Virtiofs) { MAX_VIRTIOFS_TAG } else { MAX_TAG };
+    if tag.is_empty() {
+        Some("is empty".to_owned())
+    } else if is_own(tag) {
+        Some("is the name of a share of Karst's own".to_owned())
+    } else if tag.len() > most {
+        Some(format!("is longer than the {most} bytes of a tag"))
+    } else if !tag.bytes().all(|b| b.is_ascii_graphic()) {
+        Some("has other characters than those of ASCII that are printed, without spaces".to_owned())
+    } else {
+        None
+    }
+}
+
 /// Is it the tag of the share with Karst's agent, or one that Karst makes up?
 fn is_own(tag: &str) -> bool {
     tag == "config" || tag.starts_with("karst-")
@@ -279,18 +295,9 @@ impl Share {
     /// # Errors
     /// Invalid, naming the key.
     pub(super) fn parse(keys: &Keys<'_>, bus: Option<DiskBus>) -> Result<Self> {
-        let tag = keys.get("tag").map(|tag| {
-            let most = if bus == Some(DiskBus::Virtiofs) { MAX_VIRTIOFS_TAG } else { MAX_TAG };
-            let why = if is_own(tag) {
-                "is the name of a share of Karst's own".to_owned()
-            } else if tag.len() > most {
-                format!("is longer than the {most} bytes of a tag")
-            } else if !tag.bytes().all(|b| b.is_ascii_graphic()) {
-                "has other characters than those of ASCII that are printed, without spaces".to_owned()
-            } else {
-                return Ok(tag.to_owned());
-            };
-            Err(Error::invalid(keys.field("tag"), format!("{tag:?} {why}; choose another")))
+        let tag = keys.get("tag").map(|tag| match tag_fault(tag, bus) {
+            None => Ok(tag.to_owned()),
+            Some(why) => Err(Error::invalid(keys.field("tag"), format!("{tag:?} {why}; choose another"))),
         });
         let tag = tag.transpose()?;
         let options = match keys.get("share.options") {

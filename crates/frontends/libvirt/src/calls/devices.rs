@@ -8,7 +8,7 @@ pub(super) use super::sides::{CONFIG, LIVE, live};
 use super::{
     Answered, Named,
     domain::is_running,
-    nothing,
+    filesystems, nothing,
     sides::{Affects, Edits, Side, affects, asked, edits, write},
     told,
 };
@@ -18,7 +18,7 @@ use crate::{
     xdr::{Reader, Typed, Writer},
     xml::{
         self, Element,
-        machine::{Machine, iotune, read, refuse, spec},
+        machine::{Machine, iotune, read, refuse, shares, spec},
     },
 };
 use karst_engine::InstanceView;
@@ -83,7 +83,7 @@ fn documents(
 fn device(text: &str) -> Result<Element, VirError> {
     let e = xml::read::document(text)?;
     match e.name() {
-        "disk" | "interface" => Ok(e),
+        "disk" | "interface" | shares::ELEMENT => Ok(e),
         other => {
             Err(refuse(other, "comes and goes with the definition; disks and interfaces come and go live"))
         }
@@ -91,6 +91,9 @@ fn device(text: &str) -> Result<Element, VirError> {
 }
 
 fn attach_to(machine: &mut Machine, e: &Element) -> Result<(), VirError> {
+    if e.name() == shares::ELEMENT {
+        return filesystems::attach(machine, e);
+    }
     if e.name() == "disk" {
         let disk = read::disk_alone(e)?;
         if machine.disks.iter().any(|d| d.target == disk.target) {
@@ -117,7 +120,7 @@ fn attach_to(machine: &mut Machine, e: &Element) -> Result<(), VirError> {
     Ok(())
 }
 
-fn missing(text: String) -> VirError {
+pub(super) fn missing(text: String) -> VirError {
     VirError::new(Code::DeviceMissing, crate::error::Part::Qemu, text)
 }
 
@@ -145,6 +148,9 @@ fn nic_of(machine: &Machine, e: &Element) -> Result<usize, VirError> {
 }
 
 fn detach_from(machine: &mut Machine, e: &Element) -> Result<(), VirError> {
+    if e.name() == shares::ELEMENT {
+        return filesystems::detach(machine, e);
+    }
     if e.name() == "disk" {
         let target = target_of(e)?;
         let before = machine.disks.len();
@@ -163,6 +169,9 @@ fn detach_from(machine: &mut Machine, e: &Element) -> Result<(), VirError> {
 }
 
 fn update_in(machine: &mut Machine, e: &Element) -> Result<(), VirError> {
+    if e.name() == shares::ELEMENT {
+        return filesystems::update();
+    }
     if e.name() == "disk" {
         let target = target_of(e)?;
         let at = machine.disks.iter().position(|d| d.target == target);
@@ -218,6 +227,9 @@ async fn with_device(
     call.known_flags(flags, LIVE | CONFIG | 4)?;
     let view = call.guest(&named)?;
     let e = device(&text)?;
+    if e.name() == shares::ELEMENT {
+        filesystems::demand_cold(affects(&view, flags)?)?;
+    }
     change(&call, &view, flags, |_, machine| edit(machine, &e)).await?;
     Ok(nothing())
 }
@@ -259,10 +271,17 @@ pub async fn detach_alias(call: Call) -> Answered {
     let (named, alias, flags) = flagged(&call)?;
     call.known_flags(flags, LIVE | CONFIG)?;
     let view = call.guest(&named)?;
+    let affects = affects(&view, flags)?;
     let edit = |side: &Side<'_>, machine: &mut Machine| {
         let mut all = side.identities.iter();
         let found = all.find(|(name, i)| i.alias == alias && side.all_devices.contains_key(*name));
-        let (_, found) = found.ok_or_else(|| missing(format!("no device found with alias {alias}")))?;
+        let (name, found) = found.ok_or_else(|| missing(format!("no device found with alias {alias}")))?;
+        let tag = side.all_devices.get(name).and_then(|keys| shares::tag_of(name, keys, found));
+        if let Some(tag) = &tag {
+            filesystems::demand_cold(affects)?;
+            filesystems::forget(machine, tag);
+            return Ok(());
+        }
         machine.disks.retain(|d| d.slot != found.slot);
         machine.nics.retain(|n| found.mac.is_none() || n.mac != found.mac);
         Ok(())

@@ -90,6 +90,7 @@ fn differs(old: &Machine, new: &Machine, sources: bool) -> Option<String> {
         ("cpu", old.cpu_model == new.cpu_model),
         ("features hyperv", old.hyper_v == new.hyper_v),
         ("tpm", old.tpm == new.tpm),
+        ("filesystem", old.filesystems == new.filesystems),
         ("graphics type 'spice'", old.spice == new.spice),
         ("os type machine", fits(&old.machine, &new.machine)),
     ];

@@ -11,6 +11,7 @@ pub mod devices;
 pub mod domain;
 pub mod event;
 pub mod figures;
+mod filesystems;
 pub mod graphics;
 pub mod host;
 pub mod inside;

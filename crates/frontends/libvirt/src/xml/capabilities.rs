@@ -100,6 +100,7 @@ pub fn domain(facts: &HostFacts, kind: &str, machine: &str, most: i32, models: &
         true => supported("redirdev", true).child(choices("bus", &["usb"])),
         false => supported("redirdev", false),
     };
+    let directories: &[&str] = if facts.virtiofs { &["path", "virtiofs"] } else { &["path"] };
     let cards: &[&str] = match facts.spice {
         true => &["vga", "cirrus", "vmvga", "qxl", "virtio", "none", "bochs"],
         false => &["vga", "cirrus", "vmvga", "virtio", "none", "bochs"],
@@ -110,7 +111,7 @@ pub fn domain(facts: &HostFacts, kind: &str, machine: &str, most: i32, models: &
         .child(supported("video", true).child(choices("modelType", cards)))
         .child(supported("hostdev", false))
         .child(rng)
-        .child(supported("filesystem", false))
+        .child(supported("filesystem", true).child(choices("driverType", directories)))
         .child(tpm)
         .child(redirected)
         .child(supported("channel", true).child(choices("type", channels)));

@@ -233,22 +233,33 @@ fn container(
     ends(e, &view.expanded_config);
     let mut devices = Element::new("devices");
     devices.push(Element::text("emulator", "/usr/bin/lxc-start"));
-    let volume = |pool: &str, volume: &str, path: &str, readonly: bool| {
+    // Owners of what is a container's own are in its range of ids; those of a path of the host are what they are, unless shifted.
+    let mounted = |(kind, source, shifted): (&str, Element, bool), path: &str, readonly: bool| {
         let mut f = Element::new("filesystem")
-            .with("type", "volume")
-            .with("accessmode", "mapped")
-            .child(Element::new("source").with("pool", pool).with("volume", volume))
+            .with("type", kind)
+            .with("accessmode", if shifted { "mapped" } else { "passthrough" })
+            .child(source)
             .child(Element::new("target").with("dir", path));
         if readonly {
             f.push(Element::new("readonly"));
         }
         f
     };
-    devices.push(volume(&parsed.root.1.pool, &owned(&view.instance.name), "/", false));
+    let volume = |pool: &str, volume: &str| Element::new("source").with("pool", pool).with("volume", volume);
+    let root = volume(&parsed.root.1.pool, &owned(&view.instance.name));
+    devices.push(mounted(("volume", root, true), "/", false));
     for (_, device) in parsed.disks.iter().filter(|(_, d)| d.attached) {
-        if let (DiskOrigin::Volume { pool, volume: name }, Some(path)) = (&device.source, &device.path) {
-            devices.push(volume(pool, name, path, device.readonly));
-        }
+        let Some(path) = &device.path else { continue };
+        let what = match &device.source {
+            DiskOrigin::Volume { pool, volume: name } => ("volume", volume(pool, name), true),
+            DiskOrigin::Host { path } => ("mount", Element::new("source").with("dir", path), device.shift),
+            DiskOrigin::Memory { size } => {
+                // Without a size it is half of the host's memory.
+                let size = size.map_or(facts.memory / 2, |s| s.bytes()) / 1024;
+                ("ram", Element::new("source").with("usage", size).with("units", "KiB"), true)
+            }
+        };
+        devices.push(mounted(what, path, device.readonly));
     }
     for (name, nic) in parsed.nics.iter().filter(|(_, nic)| nic.attached) {
         let Some(identity) = view.instance.identities.get(name) else { continue };

@@ -6,7 +6,7 @@
 //! The tools of libvirt write some things unasked (a sound card, ports for USB over SPICE, the model of the screen). Those
 //! are kept: a guest without them does what it does, and the tools stay usable.
 
-use super::{board, ports, refuse};
+use super::{board, ports, refuse, shares};
 use crate::{error::VirError, xml::Element};
 
 /// What is done with an element or attribute.
@@ -357,7 +357,8 @@ const DEVICES: &[Row] = &[
     ("hub", When(|e| is(e, "type", &["usb"])), "is one of usb"),
     ("pstore", Never, "is not there"),
     ("hostdev", Never, "devices of the host are not passed through"),
-    ("filesystem", Never, "directories are shared with machines by devices of the instance, not by XML"),
+    // What is in it is looked at by `shares`.
+    ("filesystem", Kept, ""),
     ("lease", Never, "there is no lock manager"),
     ("shmem", Never, "shared memory is not there"),
     ("memory", When(|e| is(e, "model", &["dimm"])), "modules of the model dimm are there"),
@@ -682,6 +683,7 @@ pub fn device(e: &Element) -> Result<(), VirError> {
         "disk" => disk(e),
         "interface" => interface(e),
         name if ports::ELEMENTS.contains(&name) => ports::check(e),
+        shares::ELEMENT => shares::read(e).map(drop),
         _ => Ok(()),
     }
 }

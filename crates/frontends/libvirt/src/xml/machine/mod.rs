@@ -16,6 +16,7 @@ pub mod ports;
 pub mod processor;
 pub mod read;
 pub mod scsi;
+pub mod shares;
 pub mod sizes;
 pub mod spec;
 pub mod tuning;
@@ -95,6 +96,8 @@ pub struct Machine {
     pub nics: Vec<Nic>,
     /// Ports that each machine has not anyway.
     pub ports: Vec<ports::Port>,
+    /// Directories that it shares with its host.
+    pub filesystems: Vec<shares::Filesystem>,
     /// Its screen is there by SPICE too.
     pub spice: bool,
     /// Where its screens listen, and how they are served.

@@ -2,7 +2,7 @@
 
 use super::{
     Disk, Kernel, Machine, Nic, Opaque, Screen, Source, aliases, board, iotune, kept, number, options,
-    pci_of, places, ports, priority, processor, refuse, scsi,
+    pci_of, places, ports, priority, processor, refuse, scsi, shares,
     sizes::{self, Cpus},
     tuning, wrong,
 };
@@ -74,6 +74,7 @@ pub fn machine(text: &str) -> Result<Machine, VirError> {
     let kept = root.elements().iter().filter(|e| !typed(e.name())).cloned();
     let opaque = Opaque { domain: kept.collect(), ..Opaque::default() };
     let order = Order::of(os);
+    let filesystems = shares::all(devices.elements(), &on_board)?;
     let mut all = Machine {
         kvm,
         name,
@@ -103,6 +104,7 @@ pub fn machine(text: &str) -> Result<Machine, VirError> {
         disks: vec![],
         nics: vec![],
         ports: ports::read(devices.elements())?,
+        filesystems,
         spice: false,
         places: Default::default(),
         screen: Screen::Unsaid,
@@ -458,13 +460,13 @@ impl Order {
     }
 }
 
-fn own_order(e: &Element) -> Result<Option<u32>, VirError> {
+pub(super) fn own_order(e: &Element) -> Result<Option<u32>, VirError> {
     let Some(order) = e.find("boot").and_then(|b| b.attribute("order")) else { return Ok(None) };
     let n = order.parse().ok().filter(|n| *n > 0);
     n.map(|n| Some(priority(n))).ok_or_else(|| wrong(format!("incorrect boot order '{order}'")))
 }
 
-fn alias(e: &Element) -> Result<Option<String>, VirError> {
+pub(super) fn alias(e: &Element) -> Result<Option<String>, VirError> {
     let name = e.find("alias").and_then(|a| a.attribute("name")).filter(|n| n.starts_with("ua-"));
     match name {
         Some(n) if n.len() > 128 || !n.bytes().all(|b| b.is_ascii_alphanumeric() || b"_-".contains(&b)) => {
@@ -506,7 +508,7 @@ pub fn source(disk: &Element) -> Result<Option<Source>, VirError> {
 }
 
 /// What a path names: a volume, or what the host has there.
-fn place(path: &str) -> Result<Source, VirError> {
+pub(super) fn place(path: &str) -> Result<Source, VirError> {
     if let Some((pool, volume)) = path.strip_prefix(VOLUMES).and_then(|p| p.split_once('/')) {
         return Ok(Source::Volume { pool: pool.to_owned(), volume: volume.to_owned() });
     }

@@ -1,6 +1,7 @@
 //! From the typed form to the engine's words: keys, devices and places of a new machine, or of one that is there. Of one that
 //! is there only what the document changes is changed, so that what libvirt has no word for stays.
 
+use super::{Disk, Kernel, Machine, Nic, Source, places::Places, refuse, shares, tuning};
 use super::{Disk, Kernel, Machine, Nic, Source, places::Places, refuse, sizes, tuning};
 use crate::{
     calls::domain::{METADATA, OPAQUE, TITLE},
@@ -21,6 +22,9 @@ use karst_model::{
 use std::collections::BTreeMap;
 
 type Keys = BTreeMap<String, String>;
+
+/// The key that says that the memory of a machine can be kept.
+const STATEFUL: &str = "migration.stateful";
 
 /// A new machine.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -249,8 +253,8 @@ pub fn create(machine: &Machine) -> Result<Created, VirError> {
     set(&mut config, REBOOT_ACTION, machine.ends_on_reboot.then_some("stop"));
     tuning::change(&mut config, None, machine);
     firmware(&mut config, machine.firmware);
-    // So that saving and snapshots with memory are there, as they are with libvirt.
-    set(&mut config, "migration.stateful", Some("true"));
+    // So that saving and snapshots with memory are there, as they are with libvirt: of a machine that shares directories they are not.
+    set(&mut config, STATEFUL, Some(machine.filesystems.is_empty().to_string()));
     set(&mut config, TITLE, machine.title.as_ref());
     for (uri, (prefix, e)) in &machine.metadata {
         let (key, value) = metadata(uri, prefix, e);
@@ -275,6 +279,12 @@ pub fn create(machine: &Machine) -> Result<Created, VirError> {
         set(devices.entry("tpm0".into()).or_default(), "type", Some("tpm"));
     }
     devices.extend(machine.ports.iter().map(|port| (port.name.clone(), port.keys())));
+    for (n, one) in machine.filesystems.iter().enumerate() {
+        let name = format!("filesystem{n}");
+        shares::set(devices.entry(name.clone()).or_default(), one, None);
+        let (slot, alias, pci) = (format!("fs{n}"), one.alias.clone(), one.pci.clone());
+        places.insert(name, Place { slot, alias, pci });
+    }
     Ok(Created { config, devices, places })
 }
 
@@ -340,6 +350,14 @@ pub fn update(present: &Present<'_>, new: &Machine) -> Result<Updated, VirError>
     }
     if old.firmware != new.firmware {
         firmware(&mut config, new.firmware);
+    }
+    match (old.filesystems.is_empty(), new.filesystems.is_empty()) {
+        (true, false) => set(&mut config, STATEFUL, Some("false")),
+        // Only what was taken back is given again.
+        (false, true) if config.get(STATEFUL).is_some_and(|v| v == "false") => {
+            set(&mut config, STATEFUL, Some("true"));
+        }
+        _ => {}
     }
     set(&mut config, TITLE, new.title.as_ref());
     for uri in old.metadata.keys().filter(|uri| !new.metadata.contains_key(*uri)) {
@@ -407,13 +425,40 @@ fn devices(present: &Present<'_>, new: &Machine) -> Result<Devices, VirError> {
             }
         }
     }
+    let known: BTreeMap<String, &String> = present
+        .expanded
+        .iter()
+        .filter_map(|(name, keys)| Some((shares::tag_of(name, keys, present.identities.get(name)?)?, name)))
+        .collect();
+    for one in &new.filesystems {
+        match known.get(&one.tag) {
+            Some(name) if old.filesystems.iter().any(|f| f.is(one)) => {
+                wanted.insert((*name).clone(), None);
+            }
+            Some(name) => {
+                let mut keys = present.expanded.get(*name).cloned().unwrap_or_default();
+                let own = keys.contains_key("tag");
+                shares::set(&mut keys, one, Some(one.tag.as_str()).filter(|_| !own));
+                wanted.insert((*name).clone(), Some(keys));
+            }
+            None => {
+                let taken = |n: &String| present.expanded.contains_key(n) || wanted.contains_key(n);
+                let name = (0..).map(|n| format!("filesystem{n}")).find(|n| !taken(n)).unwrap_or_default();
+                let mut keys = Keys::new();
+                shares::set(&mut keys, one, None);
+                wanted.insert(name, Some(keys));
+            }
+        }
+    }
     for (name, keys) in present.expanded {
         let shown = match keys.get("type").map(String::as_str) {
             // Its guest does not see it.
             Some("disk") if is_root(keys) && keys.get("attached").is_some_and(|a| a == "false") => false,
             Some("disk") if is_root(keys) => !wanted.contains_key(name),
-            // Directories that it shares are in no document.
-            Some("disk") => !keys.contains_key("path"),
+            Some("disk") if keys.contains_key("path") || keys.contains_key("tag") => {
+                known.values().any(|known| *known == name)
+            }
+            Some("disk") => true,
             Some("nic") => true,
             Some("tpm") => {
                 if new.tpm {

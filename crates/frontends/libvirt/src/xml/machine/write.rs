@@ -4,7 +4,7 @@ use super::{
     Kernel, Opaque, ShownGuard, Source, aliases, board, iotune, kept, nodes, options, owned, parts, pci_of,
     places,
     places::Places,
-    ports, priority, processor, read, screens, scsi,
+    ports, priority, processor, read, screens, scsi, shares,
     sizes::{self, Cpus},
     target, tuning,
 };
@@ -108,6 +108,7 @@ const DEVICES: &[&str] = &[
     "emulator",
     "disk",
     "controller",
+    "filesystem",
     "interface",
     "smartcard",
     "serial",
@@ -153,6 +154,8 @@ const DISK: &[&str] = &[
     "alias",
     "address",
 ];
+/// The same of what is in a directory.
+const FILESYSTEM: &[&str] = &["driver", "binary", "source", "target", "readonly", "boot", "alias", "address"];
 /// The same of what is in an interface.
 const INTERFACE: &[&str] = &[
     "mac",
@@ -288,6 +291,9 @@ pub fn document(shown: &Shown<'_>) -> Result<String, VirError> {
         },
     );
     e.push(devices(shown, &opaque, &on_board)?);
+    if shares::want_shared_memory(&parse_devices(shown.devices)?) && !shares::memory_is_shared(&on_board) {
+        shares::show_shared_memory(&mut e);
+    }
     sort(&mut e, DOMAIN);
     Ok(e.document())
 }
@@ -413,7 +419,7 @@ fn devices(shown: &Shown<'_>, opaque: &Opaque, on_board: &Board) -> Result<Eleme
         let is = (false, false, DriveFormat::Raw);
         devices.push(disk(identity, &source, &device.io, is, boot, live, opaque));
     }
-    for (name, device) in parsed.disks.iter().filter(|(_, d)| d.path.is_none()) {
+    for (name, device) in parsed.disks.iter().filter(|(_, d)| !d.is_directory()) {
         let Some(identity) = of(name) else { continue };
         let DiskDevice { readonly, attached, io, .. } = device;
         let source = match &device.source {
@@ -450,6 +456,15 @@ fn devices(shown: &Shown<'_>, opaque: &Opaque, on_board: &Board) -> Result<Eleme
         let kept = opaque.nics.get(&mac).or_else(|| opaque.nics.get(&n.to_string()));
         let bridge = live.then(|| (shown.bridge)(nic.network().unwrap_or_default()));
         devices.push(interface(identity, nic, orders.order(nic.boot_priority), bridge.as_deref(), kept));
+    }
+    let mut directories: Vec<_> = parsed
+        .disks
+        .iter()
+        .filter_map(|(name, device)| of(name).and_then(|i| Some((i, shares::now(name, device, i)?))))
+        .collect();
+    directories.sort_by_key(|(identity, _)| (identity.slot.len(), identity.slot.clone()));
+    for (identity, now) in directories {
+        devices.push(directory(identity, &now, orders.order(now.boot), live, opaque));
     }
     let given = |name: &str| opaque.devices.iter().any(|e| e.name() == name);
     let port = |name: &'static str, target: &'static str| {
@@ -540,6 +555,8 @@ fn devices(shown: &Shown<'_>, opaque: &Opaque, on_board: &Board) -> Result<Eleme
         "tpm" => parsed.tpm.is_some() && same_tpm,
         "graphics" => !own_screen && said(e).is_some(),
         "memballoon" => same_balloon,
+        // Shown already, as they are.
+        shares::ELEMENT => false,
         name if ports::ELEMENTS.contains(&name) => same_ports,
         name if board::holds(e) => !stale.contains(&name),
         _ => true,
@@ -709,6 +726,30 @@ fn disk(
     e.push_some(iotune::shown(&io.rates.unwrap_or_else(|| Rates::of(&io.limits))));
     let kept = options::disk_now(kept, &io.options, bus, cdrom);
     merge(&mut e, &kept, &["source", "target", "iotune", "readonly", "boot", "alias", "address"], DISK);
+    e
+}
+
+/// A directory that a machine shares. Of one that runs it is said where it is, else where the document wished it.
+fn directory(
+    identity: &DeviceIdentity,
+    now: &shares::Filesystem,
+    boot: Option<u32>,
+    live: bool,
+    opaque: &Opaque,
+) -> Element {
+    let kept = shares::kept(&opaque.devices, now);
+    let mut e = kept.cloned().unwrap_or_else(|| shares::shown(now));
+    if kept.is_none() {
+        e.push_some(boot.map(|order| Element::new("boot").with("order", order)));
+    }
+    let wish = e.find("address").cloned();
+    e.elements_mut().retain(|inner| !matches!(inner.name(), "alias" | "address"));
+    named(&mut e, identity, live);
+    match kept {
+        Some(_) if !live => e.push_some(wish),
+        _ => e.push_some(placed(identity)),
+    }
+    sort(&mut e, FILESYSTEM);
     e
 }
 
