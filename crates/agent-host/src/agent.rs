@@ -749,6 +749,7 @@ impl RealAgent {
             // Read at a start only.
             kernel: None,
             ports: BTreeMap::new(),
+            given: BTreeMap::new(),
             nodes,
             proxies,
             nics,

@@ -115,6 +115,7 @@ impl RealAgent {
             let mut guest = self.resolve(spec, &record, &networks).await?;
             guest.kernel = self.kernel(&guest).await?;
             guest.ports = self.ports(&guest).await?;
+            guest.given = self.given_devices(&guest).await?;
             driver.start(&guest).await
         };
         match outcome.await {

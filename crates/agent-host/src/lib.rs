@@ -18,6 +18,7 @@ mod copies;
 mod descriptions;
 mod dumps;
 mod facts;
+mod given;
 mod history;
 mod host_paths;
 pub mod ids;

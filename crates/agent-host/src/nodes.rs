@@ -128,6 +128,15 @@ fn find(policy: &HostPolicy, spec: &NodeSpec, drm: &Path, dri: &Path) -> Result<
             let number = DeviceNumber { block: *block, major: *major, minor: *minor };
             Ok(vec![node(spec.name.clone(), path()?, number)])
         }
+        NodeOrigin::Usb(which) => {
+            let mut nodes = vec![];
+            for (name, path) in crate::given::usb_nodes(policy, which)? {
+                let number = device_number(&path)?;
+                let path = path.to_string_lossy().into_owned();
+                nodes.push(node(format!("{}.{name}", spec.name), path, number));
+            }
+            Ok(nodes)
+        }
         NodeOrigin::Gpu { card, pci } => {
             demand(policy, "gpu", pci.as_deref())?;
             let mut nodes = vec![];
@@ -175,7 +184,7 @@ fn cards(drm: &Path, card: Option<u32>, pci: Option<&str>) -> Result<Vec<String>
 #[cfg(test)]
 mod tests {
     use super::*;
-    use karst_model::device::NodeDevice;
+    use karst_model::device::{NodeDevice, UsbMatch};
 
     fn spec(source: NodeOrigin) -> NodeSpec {
         let path = Some("/dev/thing".into());
@@ -215,6 +224,9 @@ mod tests {
         assert!(resolve(&grants(&["unix-char"]), &missing).unwrap_err().is(ErrorKind::NotFound));
         missing.device.required = false;
         assert_eq!(resolve(&grants(&["unix-char"]), &missing).unwrap(), []);
+        let unplugged = UsbMatch { at: Some((999, 999)), ..UsbMatch::default() };
+        missing.device.source = NodeOrigin::Usb(unplugged);
+        assert_eq!(resolve(&grants(&["usb"]), &missing).unwrap(), []);
     }
 
     #[test]

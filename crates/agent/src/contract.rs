@@ -258,6 +258,7 @@ impl Subject {
                 kernel: None,
                 strings: vec![],
                 lines: vec![line("second", 1, PortEnd::Stream {}), line("silent", 2, PortEnd::Null {})],
+                given: vec![],
                 resume: false,
                 paused: false,
                 accelerator: None,

@@ -6,7 +6,7 @@ use crate::{
     ByteSize, DeviceId, ImageId, InstanceId, NetworkId, PoolId, ProjectId, Result, SnapshotId, VolumeId,
     board::Board,
     device::{
-        DiskIo, DriveFormat, DriveMedia, NicModel, NodeDevice, ParentLink, PortDevice, PortVlans,
+        DiskIo, DriveFormat, DriveMedia, HostDevice, NicModel, NodeDevice, ParentLink, PortDevice, PortVlans,
         ProxyDevice, RoutedLink, Share,
     },
     firewall::{AclSpec, AddressSetSpec, ForwardSpec, Policy},
@@ -140,6 +140,9 @@ pub struct MachineSpec {
     /// Ports beside its console.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub lines: Vec<LineSpec>,
+    /// Devices of the host that it is given.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub given: Vec<GivenSpec>,
     /// This start goes on where the machine was when its memory was saved.
     #[serde(default)]
     pub resume: bool,
@@ -157,6 +160,18 @@ pub struct LineSpec {
     pub name: String,
     /// What it is.
     pub device: PortDevice,
+}
+
+/// A device of the host that a machine is given.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GivenSpec {
+    /// Name of the device.
+    pub name: String,
+    /// What it is.
+    pub device: HostDevice,
+    /// PCI address in the guest, of one that is seen there.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pci: Option<String>,
 }
 
 /// A kernel that a virtual machine is started with. The host reads the files at the start and not again.

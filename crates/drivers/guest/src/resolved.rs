@@ -77,6 +77,9 @@ pub struct ResolvedGuest {
     pub kernel: Option<ResolvedKernel>,
     /// What its ports lead to, and their logs, by the names of their devices; none for what the driver makes itself.
     pub ports: BTreeMap<String, ResolvedPort>,
+    /// Devices of the host that a virtual machine is given, open to be read and written, by the names of their devices. One that is
+    /// missing and may be is not here.
+    pub given: BTreeMap<String, Opened>,
     /// Device nodes (containers).
     pub nodes: Vec<ResolvedNode>,
     /// Proxies (containers).

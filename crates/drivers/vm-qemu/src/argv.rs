@@ -8,7 +8,7 @@ use crate::{
     board,
     devices::{Bus, Disk, Layout, MAX_DISKS, MAX_NICS, Nic, virtio},
     directories::{Directory, MAX_DIRECTORIES, Way},
-    ports, threads,
+    given, ports, threads,
 };
 use karst_model::{
     Error, Result,
@@ -76,6 +76,8 @@ pub mod fd {
     pub const DIRECTORY: i32 = 200;
     /// Of the first port; each has this and the next, which is of its log.
     pub const PORT: i32 = 300;
+    /// First device of the host.
+    pub const GIVEN: i32 = 400;
 }
 
 /// What Windows wants to know of its hypervisor.
@@ -415,6 +417,7 @@ pub fn argv(m: &Machine) -> Result<Vec<String>> {
         opt("-device", json!({"driver": driver, "id": "tpm", "tpmdev": "tpm0"}).to_string());
     }
 
+    let usb_buses = m.spec.board.usb.iter().filter(|c| !c.is_companion()).count() as u32;
     if m.spec.display {
         // Shown to whoever is handed a connection; it listens nowhere. Which of them are asked for a password, and for which one,
         // is said with each.
@@ -442,6 +445,10 @@ pub fn argv(m: &Machine) -> Result<Vec<String>> {
         opt("-spice", "port=0,streaming-video=off,seamless-migration=off".into());
         opt("-chardev", "spicevmc,id=vdagent,name=vdagent".into());
         let mut usb = json!({"driver": "qemu-xhci", "id": "usb"});
+        if given::want_usb(&m.spec.given) && usb_buses == 0 {
+            // All that it has are taken below.
+            (usb["p2"], usb["p3"]) = (8.into(), 8.into());
+        }
         layout.put(&mut usb, "hardware.spice", slot::USB)?;
         opt("-device", usb.to_string());
         // Without it a pointer only moves relatively, until the guest has SPICE's agent.
@@ -471,6 +478,16 @@ pub fn argv(m: &Machine) -> Result<Vec<String>> {
     }
     for port in layout.root_ports() {
         opt("-device", port.to_string());
+    }
+    if given::want_usb(&m.spec.given) && usb_buses == 0 && !m.spice {
+        let mut usb = json!({"driver": "qemu-xhci", "id": "usb", "p2": 8, "p3": 8});
+        layout.put(&mut usb, "devices", slot::USB)?;
+        opt("-device", usb.to_string());
+    }
+    let given = given::options(&m.spec.given, layout, usb_buses)?;
+    sets.extend(given.sets);
+    for (option, value) in given.options {
+        opt(option, value);
     }
     if m.disks.len() > MAX_DISKS {
         return Err(Error::invalid("devices", format!("a virtual machine has {MAX_DISKS} disks at most")));

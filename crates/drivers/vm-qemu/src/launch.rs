@@ -4,7 +4,7 @@
 use crate::{
     argv::{Machine, argv, fd},
     devices::{Disk, Layout, Nic},
-    directories,
+    directories, given,
     placement::Placed,
     ports,
     probe::kvm_group,
@@ -353,6 +353,7 @@ pub(crate) fn prepare(
         .machine
         .clone()
         .ok_or_else(|| Error::invalid("hardware", "a virtual machine needs its hardware described"))?;
+    given::retain(&mut spec.given, guest);
     if guest.ids.base == 0 {
         return Err(Error::internal("the guest could not be started", "QEMU would run as root"));
     }
@@ -398,6 +399,7 @@ pub(crate) fn prepare(
         }
     }
     fds.extend(ports::descriptors(guest, &spec.lines)?);
+    fds.extend(given::descriptors(guest, &spec.given)?);
     if let Some((_, template)) = code {
         fds.push((fd::VARS, nvram(&guest.state_dir, nvram_file(spec.firmware), template)?));
     }

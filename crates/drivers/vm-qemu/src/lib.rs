@@ -25,6 +25,7 @@ pub mod files;
 #[cfg(any(test, feature = "fuzzing"))]
 #[doc(hidden)]
 pub mod fuzzing;
+mod given;
 mod inside;
 mod launch;
 pub mod line;

@@ -232,6 +232,7 @@ impl Record {
                 ("limits.memory.nodes", now.board.numa_policy.is_some() && elsewhere),
             ];
             pending.extend(crate::ports::pending(&now.lines, &new.lines));
+            pending.extend(crate::given::pending(&now.given, &new.given));
             pending.extend(now.screen.differences(&new.screen).into_iter().map(str::to_owned));
             pending.extend(now.board.differences(&new.board).into_iter().map(str::to_owned));
             if now.kernel != new.kernel {

@@ -139,6 +139,12 @@ pub(crate) fn demand_drives(context: &Context, now: &Devices, wanted: &Devices) 
         let text = "only administrators of the server lead ports of a machine to paths and addresses of the host; use to=stream";
         return Err(Error::forbidden(text).at(format!("devices.{device}.to")));
     }
+    let input = |keys: &BTreeMap<String, String>| keys.get("type").is_some_and(|t| t == "input");
+    let new = wanted.iter().find(|(device, keys)| input(keys) && now.get(*device) != Some(*keys));
+    if let Some((device, _)) = new.filter(|_| !context.principal().may(Permission::ServerEdit, None)) {
+        let text = "only administrators of the server give a machine what somebody types and points with at the host";
+        return Err(Error::forbidden(text).at(format!("devices.{device}.source")));
+    }
     let new = wanted.iter().find(|(device, keys)| gains(now.get(*device), keys));
     let Some((device, _)) = new.filter(|_| !context.principal().may(Permission::ServerEdit, None)) else {
         return Ok(());

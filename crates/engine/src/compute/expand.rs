@@ -5,8 +5,8 @@ use karst_model::{
     Config, DeviceId, Error, InstanceId, Missing, Result, VolumeId, application,
     board::Board,
     device::{
-        Device, Devices, DiskBus, DiskDevice, DiskOrigin, KernelDevice, NicDevice, NodeDevice, PortDevice,
-        PortPlace, ProxyDevice, RootDevice, VIRTIO_PORTS,
+        Device, Devices, DiskBus, DiskDevice, DiskOrigin, HostDevice, KernelDevice, NicDevice, NodeDevice,
+        NodeOrigin, PortDevice, PortPlace, ProxyDevice, RootDevice, UsbHostDevice, VIRTIO_PORTS,
     },
     instance::{DeviceIdentity, Hardware, Instance, InstanceKind},
     keys, keys_machine,
@@ -15,8 +15,8 @@ use karst_model::{
     screens::{ScreenOptions, Screens},
     signal,
     spec::{
-        DiskSource, DiskSpec, GuestApi, GuestSpec, KernelSpec, LineSpec, MachineSpec, NicLink, NicSpec,
-        NodeSpec, ProxySpec, RootSpec,
+        DiskSource, DiskSpec, GivenSpec, GuestApi, GuestSpec, KernelSpec, LineSpec, MachineSpec, NicLink,
+        NicSpec, NodeSpec, ProxySpec, RootSpec,
     },
     storage::{Volume, VolumeContent},
     threads::{self, IoThread},
@@ -42,6 +42,8 @@ pub struct ParsedDevices {
     pub kernel: Option<(String, KernelDevice)>,
     /// Names and ports, in name order.
     pub ports: Vec<(String, PortDevice)>,
+    /// Names and devices of the host on USB and of input, in name order.
+    pub given: Vec<(String, HostDevice)>,
 }
 
 /// Parses expanded devices and checks what they need of each other: exactly one root disk, distinct names and addresses
@@ -52,7 +54,7 @@ pub struct ParsedDevices {
 pub fn parse_devices(devices: &Devices) -> Result<ParsedDevices> {
     let (mut root, mut tpm, mut kernel) = (None, None::<String>, None::<(String, KernelDevice)>);
     let (mut disks, mut nodes, mut proxies, mut nics) = (vec![], vec![], vec![], vec![]);
-    let mut ports = vec![];
+    let (mut ports, mut given) = (vec![], vec![]);
     for (name, keys) in devices {
         match Device::parse(name, keys)? {
             Device::Root(d) => {
@@ -69,6 +71,8 @@ pub fn parse_devices(devices: &Devices) -> Result<ParsedDevices> {
             Device::Node(d) => nodes.push((name.clone(), d)),
             Device::Proxy(d) => proxies.push((name.clone(), d)),
             Device::Port(d) => ports.push((name.clone(), d)),
+            Device::Usb(d) => given.push((name.clone(), HostDevice::Usb(d))),
+            Device::Input(d) => given.push((name.clone(), HostDevice::Input(d))),
             Device::Tpm(_) => {
                 if let Some(other) = tpm.replace(name.clone()) {
                     return Err(Error::invalid(
@@ -117,7 +121,7 @@ pub fn parse_devices(devices: &Devices) -> Result<ParsedDevices> {
             "the instance has no root disk; add a disk with path=/ and a pool, or a profile that has one",
         )
     })?;
-    Ok(ParsedDevices { root, disks, nodes, proxies, nics, tpm, kernel, ports })
+    Ok(ParsedDevices { root, disks, nodes, proxies, nics, tpm, kernel, ports, given })
 }
 
 /// A guest tells directories by their tags, so each has one of its own. Those without a word get their device's name.
@@ -230,6 +234,7 @@ pub(crate) fn assign_beside(
         name == root_name
             || parsed.disks.iter().any(|(n, _)| n == name)
             || parsed.nics.iter().any(|(n, _)| n == name)
+            || parsed.given.iter().any(|(n, d)| n == name && d.is_on_pci())
     };
     let kept: BTreeMap<String, DeviceIdentity> = old
         .iter()
@@ -274,8 +279,21 @@ pub(crate) fn assign_beside(
         });
         new.insert(name.clone(), identity);
     }
+    if hardware.is_some() {
+        for (name, _) in parsed.given.iter().filter(|(_, d)| d.is_on_pci()) {
+            let identity = kept.get(name).filter(|i| slots::kind_of(&i.slot) == GIVEN).cloned();
+            let identity = identity.unwrap_or_else(|| {
+                let (slot, pci) = (free.slot(GIVEN), free.pci());
+                fresh(slot, pci, random)
+            });
+            new.insert(name.clone(), identity);
+        }
+    }
     new
 }
+
+/// Slots of devices of the host that a machine sees on PCI.
+const GIVEN: &str = "given";
 
 /// A MAC with the prefix that Incus registered for guests' interfaces.
 pub(crate) fn draw_mac(random: &mut dyn FnMut(&mut [u8])) -> String {
@@ -330,6 +348,49 @@ fn kernel(lookups: &Lookups<'_>, name: &str, device: &KernelDevice) -> Result<Ke
         initrd: initrd.transpose()?,
         cmdline: device.cmdline.clone(),
     })
+}
+
+/// Devices of the host that a virtual machine is given.
+fn given<'a>(
+    all: &[(String, HostDevice)],
+    stateful: bool,
+    identity: &dyn Fn(&str) -> Result<&'a DeviceIdentity>,
+) -> Result<Vec<GivenSpec>> {
+    let one = |(name, device): &(String, HostDevice)| {
+        if stateful {
+            let text = "the memory of a virtual machine that has a device of the host cannot be kept; unset migration.stateful";
+            return Err(Error::unsupported(text).at(format!("devices.{name}.type")));
+        }
+        let pci = if device.is_on_pci() { identity(name)?.pci.clone() } else { None };
+        Ok(GivenSpec { name: name.clone(), device: device.clone(), pci })
+    };
+    all.iter().map(one).collect()
+}
+
+/// Those that a container is given, as nodes.
+fn given_nodes(all: &[(String, HostDevice)]) -> Result<Vec<NodeSpec>> {
+    let one = |(name, device): &(String, HostDevice)| match device {
+        HostDevice::Usb(usb) => {
+            let key = match (&usb.port, usb.boot_priority) {
+                (Some(_), _) => Some("port"),
+                (None, Some(_)) => Some("boot.priority"),
+                (None, None) => None,
+            };
+            if let Some(key) = key {
+                let text = "is said of a device of a virtual machine; a container has its node where the host has it";
+                return Err(Error::invalid(format!("devices.{name}.{key}"), text));
+            }
+            let UsbHostDevice { which, required, uid, gid, mode, .. } = usb.clone();
+            let device = NodeDevice { source: NodeOrigin::Usb(which), path: None, uid, gid, mode, required };
+            Ok(NodeSpec { name: name.clone(), device })
+        }
+        HostDevice::Input(_) => {
+            let text =
+                "devices of input are given to virtual machines only; a container has a unix-char device";
+            Err(Error::unsupported(text).at(format!("devices.{name}.type")))
+        }
+    };
+    all.iter().map(one).collect()
 }
 
 /// The number at the end of a slot's name.
@@ -437,8 +498,11 @@ pub fn guest_spec(
     }
     let proxies = parsed.proxies.iter();
     let proxies = proxies.map(|(name, d)| ProxySpec { name: name.clone(), device: d.clone() }).collect();
-    let nodes = parsed.nodes.iter();
-    let nodes = nodes.map(|(name, d)| NodeSpec { name: name.clone(), device: d.clone() }).collect();
+    let nodes = parsed.nodes.iter().map(|(name, d)| NodeSpec { name: name.clone(), device: d.clone() });
+    let nodes = match instance.kind {
+        InstanceKind::VirtualMachine => vec![],
+        InstanceKind::Container => nodes.chain(given_nodes(&parsed.given)?).collect(),
+    };
     let mut nics = vec![];
     for (name, nic) in parsed.nics.iter().filter(|(_, nic)| nic.attached) {
         let id = identity(name)?;
@@ -501,6 +565,7 @@ pub fn guest_spec(
                 let lines = parsed.ports.iter();
                 lines.map(|(name, d)| LineSpec { name: name.clone(), device: d.clone() }).collect()
             },
+            given: given(&parsed.given, stateful, &identity)?,
             resume: false,
             paused: false,
             accelerator: None,
@@ -750,6 +815,39 @@ mod tests {
         let moved = assign(&shared, &with(Some(("path", "/srv"))));
         assert_eq!(moved["data"], shared["data"], "it is the same at another place inside");
         assert_eq!(assign(&moved, &with(None))["data"].slot, "scsi1");
+    }
+
+    #[test]
+    fn devices_of_the_host_are_a_machines_or_nodes_of_a_container() {
+        let (machine, volume) = (hardware("pc-q35-7.2", 16), VolumeId(uuid::Uuid::from_u128(1)));
+        let stick = [("type", "usb"), ("vendorid", "046d"), ("uid", "5")];
+        let mouse = [("type", "input"), ("source", "/dev/input/event3")];
+        let all = devices(&[ROOT, NIC, ("mouse", &mouse), ("stick", &stick)]);
+        let parsed = parse_devices(&all).unwrap();
+        let assign = |old: &BTreeMap<String, DeviceIdentity>, parsed: &ParsedDevices| {
+            assign_identities(old, parsed, Some(&machine), volume, "abc123", &mut counter())
+        };
+        let first = assign(&BTreeMap::new(), &parsed);
+        assert_eq!(
+            (first["mouse"].slot.as_str(), first["mouse"].pci.as_deref()),
+            ("given0", Some("02:00.0"))
+        );
+        assert_eq!(first.get("stick"), None, "its place is on USB");
+        assert_eq!(assign(&first, &parsed)["mouse"], first["mouse"]);
+        let identity = |name: &str| Ok(&first[name]);
+        let specs = given(&parsed.given, false, &identity).unwrap();
+        assert_eq!(specs.iter().map(|s| s.pci.as_deref()).collect::<Vec<_>>(), [Some("02:00.0"), None]);
+        let e = given(&parsed.given, true, &identity).unwrap_err();
+        assert_eq!(e.field.as_deref(), Some("devices.mouse.type"));
+        let nodes = |more: &[(&'static str, &'static str)]| {
+            let keys = [&stick[..], more].concat();
+            given_nodes(&parse_devices(&devices(&[ROOT, ("stick", &keys)])).unwrap().given)
+        };
+        let found = nodes(&[]).unwrap();
+        assert!(matches!(&found[0].device.source, NodeOrigin::Usb(which) if which.vendor == Some(0x046d)));
+        assert_eq!((found[0].device.uid, found[0].device.path.as_deref()), (5, None));
+        assert_eq!(nodes(&[("port", "0:1")]).unwrap_err().field.as_deref(), Some("devices.stick.port"));
+        assert_eq!(given_nodes(&parsed.given).unwrap_err().field.as_deref(), Some("devices.mouse.type"));
     }
 
     #[test]

@@ -2,6 +2,7 @@
 
 mod disk;
 mod disk_keys;
+mod host;
 mod kernel;
 mod nic;
 mod nic_keys;
@@ -16,6 +17,7 @@ mod tpm;
 
 pub use disk::*;
 pub use disk_keys::DISK_KEYS;
+pub use host::*;
 pub use kernel::*;
 pub use nic::*;
 pub use nic_keys::NIC_KEYS;
@@ -57,14 +59,30 @@ pub enum Device {
     Kernel(KernelDevice),
     /// Port of a virtual machine.
     Port(PortDevice),
+    /// Device of the host on USB.
+    Usb(UsbHostDevice),
+    /// Device of the host that somebody types or points with.
+    Input(InputHostDevice),
     /// Removes a device of a profile.
     None,
 }
 
-const TYPES: &[&str] =
-    &["disk", "gpu", "kernel", "nic", "none", "port", "proxy", "tpm", "unix-block", "unix-char"];
+const TYPES: &[&str] = &[
+    "disk",
+    "gpu",
+    "input",
+    "kernel",
+    "nic",
+    "none",
+    "port",
+    "proxy",
+    "tpm",
+    "unix-block",
+    "unix-char",
+    "usb",
+];
 /// What Incus has and Karst not.
-const LATER: &[&str] = &["infiniband", "pci", "unix-hotplug", "usb"];
+const LATER: &[&str] = &["infiniband", "pci", "unix-hotplug"];
 
 impl Device {
     /// Parses one device; errors name `devices.NAME.KEY`.
@@ -81,6 +99,8 @@ impl Device {
             "kernel" => KernelDevice::parse(&keys).map(Self::Kernel),
             "port" => PortDevice::parse(&keys).map(Self::Port),
             "tpm" => TpmDevice::parse(&keys).map(Self::Tpm),
+            "usb" => UsbHostDevice::parse(&keys).map(Self::Usb),
+            "input" => InputHostDevice::parse(&keys).map(Self::Input),
             "none" => Ok(Self::None),
             "proxy" => ProxyDevice::parse(&keys).map(Self::Proxy),
             later if LATER.contains(&later) => {
@@ -352,7 +372,7 @@ mod tests {
             (&[("type", "unix-char"), ("major", "7"), ("minor", "1")], "path"),
             (&[("type", "unix-char"), ("path", "/dev/x"), ("mode", "rw")], "mode"),
             (&[("type", "gpu"), ("gputype", "mig")], "gputype"),
-            (&[("type", "usb")], "type"),
+            (&[("type", "pci")], "type"),
         ] {
             let e = parse(pairs).unwrap_err();
             assert_eq!(e.field, Some(format!("devices.d.{field}")), "{pairs:?}: {e}");

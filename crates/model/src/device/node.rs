@@ -1,6 +1,6 @@
 //! Device nodes of the host in containers: `unix-char`, `unix-block` and `gpu`.
 
-use super::{Keys, disk::plain_path, other_keys::keys_of};
+use super::{Keys, UsbMatch, disk::plain_path, other_keys::keys_of};
 use crate::{Error, Result};
 use serde::{Deserialize, Serialize};
 
@@ -41,6 +41,8 @@ pub enum NodeOrigin {
         /// Minor number.
         minor: u32,
     },
+    /// A device on USB, or all that are the same.
+    Usb(UsbMatch),
     /// A graphics card, or all.
     Gpu {
         /// Number of the card (`0` of `/dev/dri/card0`).

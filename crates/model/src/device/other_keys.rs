@@ -18,6 +18,27 @@ pub const DEVICE_KEYS: &[DeviceKeys] = &[
         ],
     ),
     (
+        "input",
+        "Virtual machines, where `device_classes` of host-policy.toml grants `input`, or `input:/dev/input/eventN`: a device of the host that somebody types or points with.",
+        &[
+            (
+                "grab",
+                "`seat`: `all` such devices go from host to guest and back together, or this `one` (the default).",
+            ),
+            ("io.options", "`device`: a list of `iommu`, `ats`, `packed` and `page-per-queue`."),
+            ("repeat", "`seat`: keys that are held repeat (false)."),
+            ("source", "The device by its path on the host, such as `/dev/input/event3`."),
+            (
+                "to",
+                "`device` (the default): the guest sees the device itself, on virtio; `seat`: it is a part of the machine's own keyboard and pointer.",
+            ),
+            (
+                "toggle",
+                "`seat`: the keys that toggle between host and guest: `ctrl-ctrl` (the default), `alt-alt`, `shift-shift`, `meta-meta`, `scrolllock`, `ctrl-scrolllock`.",
+            ),
+        ],
+    ),
+    (
         "kernel",
         "Virtual machines: what is started in place of what the disks would boot. Its files are read at each start.",
         &[
@@ -76,6 +97,26 @@ pub const DEVICE_KEYS: &[DeviceKeys] = &[
         "unix-char",
         "Containers, where `device_classes` of host-policy.toml grants `unix-char`, or `unix-char:/dev/NAME`: a character device of the host.",
         NODE_KEYS,
+    ),
+    (
+        "usb",
+        "Where `device_classes` of host-policy.toml grants `usb`, or `usb:VENDOR:PRODUCT`: a device of the host on USB. A container has the nodes of all that are meant, a virtual machine the one.",
+        &[
+            ("boot.priority", "Virtual machines: the higher, the earlier it is booted from."),
+            ("busnum", "Number of the host's bus that it is on, with `devnum`."),
+            ("devnum", "Its number there, which is another each time that it is plugged."),
+            ("gid", "Containers: group of its node (0)."),
+            ("mode", "Containers: permissions of its node (0660)."),
+            (
+                "port",
+                "Virtual machines: the bus of `hardware.usb` that it is on, and its port there, such as `0:1.2`.",
+            ),
+            ("productid", "What it is of the vendor's, such as `c31c`."),
+            ("required", "Whether the guest does not start without the device (false)."),
+            ("serial", "Its serial number."),
+            ("uid", "Containers: owner of its node (0)."),
+            ("vendorid", "Its vendor, such as `046d`."),
+        ],
     ),
 ];
 

@@ -4,7 +4,8 @@ use super::*;
 use crate::{devices::tests::disk, directories::tests::directory};
 use karst_guest::DiskFormat;
 use karst_model::{
-    device::{NicModel, PARALLEL_PORTS, SERIAL_PORTS, VIRTIO_PORTS},
+    device::{Device, HostDevice, NicModel, PARALLEL_PORTS, SERIAL_PORTS, VIRTIO_PORTS},
+    spec::GivenSpec,
     threads::IoThread,
 };
 
@@ -256,6 +257,40 @@ fn directories_are_descriptors_with_a_tag() {
     let many = (0..17).map(|n| (directory("data", &format!("fs{n}")), Way::Plan9 { mapped: false }));
     m.directories = many.collect();
     assert_eq!(argv(&m).unwrap_err().field.as_deref(), Some("devices"));
+}
+
+#[test]
+fn devices_of_the_host_have_a_controller_and_come_after_the_ports_that_they_are_at() {
+    let mut m = machine();
+    m.spec.ports = 16;
+    m.disks[0].pci = Some("01:00.0".into());
+    m.nics[0].pci = Some("02:00.0".into());
+    let keys =
+        |pairs: &[(&str, &str)]| pairs.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect();
+    let of = |name: &str, pairs: &[(&str, &str)], pci: Option<&str>| {
+        let device = match Device::parse(name, &keys(pairs)).unwrap() {
+            Device::Usb(device) => HostDevice::Usb(device),
+            Device::Input(device) => HostDevice::Input(device),
+            other => panic!("{other:?}"),
+        };
+        GivenSpec { name: name.into(), device, pci: pci.map(str::to_owned) }
+    };
+    let stick = of("stick", &[("type", "usb"), ("vendorid", "046d")], None);
+    let mouse = of("mouse", &[("type", "input"), ("source", "/dev/input/event3")], Some("03:00.0"));
+    m.spec.given = vec![stick, mouse];
+    let text = lines(&m);
+    assert!(text.starts_with("-add-fd set="), "{text}");
+    assert!(text.contains("-add-fd set=6000,fd=400,opaque=given"), "{text}");
+    let at = |what: &str| text.find(what).unwrap_or_else(|| panic!("{what}: {text}"));
+    assert!(at(r#""id":"port3""#) < at(r#""driver":"virtio-input-host-pci""#));
+    let controller = r#"{"driver":"qemu-xhci","id":"usb","p2":8,"p3":8"#;
+    assert!(at(controller) < at(r#""driver":"usb-host""#));
+    assert!(!text.contains("/dev/input"), "{text}");
+    m.spec.board.usb.push(karst_model::board::UsbController {
+        model: karst_model::board::UsbModel::QemuXhci,
+        ports: None,
+    });
+    assert!(!lines(&m).contains(controller), "it has one");
 }
 
 #[test]
