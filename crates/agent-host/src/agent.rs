@@ -75,6 +75,8 @@ pub struct RealAgent {
     pub(crate) staging: Arc<Staging>,
     pub(crate) backup_room: Arc<BackupRoom>,
     pub(crate) unopened: Unopened,
+    /// Passphrases for calls to come.
+    pub(crate) keys: crate::keys::Keys,
     pub(crate) dumping: crate::dumps::Dumping,
     /// How workers without privileges are started.
     pub(crate) launcher: Launcher,
@@ -146,6 +148,7 @@ impl RealAgent {
             )?),
             backup_room: Arc::new(BackupRoom::new(registry.path("backups"), options.policy.backups.clone())),
             unopened: Unopened::default(),
+            keys: crate::keys::Keys::new(env.clone()),
             dumping: Default::default(),
             history: Default::default(),
             launcher,
@@ -531,12 +534,21 @@ impl RealAgent {
     }
 
     /// Things of this machine in place of ids.
-    async fn resolve_disk(&self, disk: DiskSpec, user: Option<u32>) -> Result<Option<ResolvedDisk>> {
+    async fn resolve_disk(
+        &self,
+        instance: InstanceId,
+        disk: DiskSpec,
+        user: Option<u32>,
+    ) -> Result<Option<ResolvedDisk>> {
+        let key = self.keys.of_disk(instance, &disk.io);
         let (pool, volume) = match disk.source {
             DiskSource::Volume { pool, volume } => (pool, volume),
             DiskSource::Host { ref path } => {
                 let drive = user.is_some() && disk.path.is_none() && disk.share.tag.is_none();
                 let mut found = self.resolve_path(&disk, path, drive)?;
+                if let Some(found) = &mut found {
+                    found.key = key;
+                }
                 match &mut found {
                     Some(found) if drive => to_drive(found, path, disk.format, disk.media)?,
                     Some(found) if user.is_some() => demand_directory(found)?,
@@ -568,6 +580,7 @@ impl RealAgent {
             foreign: false,
             shift: disk.shift,
             opened: None,
+            key,
             recursive: false,
             follow: false,
             cdrom: content == VolumeContent::Iso,
@@ -617,6 +630,7 @@ impl RealAgent {
             foreign: true,
             shift: disk.shift,
             opened: Some(Opened(Arc::new(opened))),
+            key: None,
             recursive: disk.recursive,
             follow: disk.follow,
             cdrom: false,
@@ -659,7 +673,7 @@ impl RealAgent {
                     if e.field.is_some() { e } else { e.at(format!("devices.{}.source", disk.name)) }
                 })?;
             }
-            let mut found = self.resolve_disk(disk, user).await?;
+            let mut found = self.resolve_disk(spec.instance, disk, user).await?;
             if let (Some(found), Some(at)) = (&mut found, volume) {
                 found.io = self.driven(at.pool, found.io)?;
             }
@@ -735,6 +749,7 @@ impl RealAgent {
                 foreign: false,
                 shift: false,
                 opened: None,
+                key: self.keys.of_disk(spec.instance, &spec.root.io),
                 recursive: false,
                 follow: false,
                 cdrom: false,
@@ -803,6 +818,7 @@ fn in_memory(disk: DiskSpec, size: Option<ByteSize>) -> ResolvedDisk {
         foreign: true,
         shift: false,
         opened: None,
+        key: None,
         recursive: false,
         follow: false,
         cdrom: false,

@@ -561,7 +561,10 @@ calls! {
         })
     }
 
-    mutate volume_create(me, spec: VolumeSpec) -> () { me.create_volume(spec).await }
+    mutate volume_create(me, spec: VolumeSpec) -> () {
+        let _given = me.keys.until_then(KeyOwner::Volume(spec.id));
+        me.create_volume(spec).await
+    }
     mutate volume_delete(me, at: VolumeRef) -> () { me.delete_volume(at).await }
     mutate volume_resize(me, request: VolumeResize) -> () { me.resize_volume(request).await }
     read volume_usage(me, at: VolumeRef) -> Usage { me.pool(at.pool)?.usage(at.volume).await }
@@ -594,7 +597,11 @@ calls! {
     mutate image_delete(me, image: ImageId) -> () { me.delete_image(image).await }
     read image_export(me, image: ImageId) -> WithFds<Vec<ImageFile>> { me.export(image).await }
 
-    mutate guest_start(me, spec: GuestSpec) -> Observed { me.start(spec).await }
+    read keys_hand(me, request: KeysHand) -> () { me.keys.hand(request) }
+    mutate guest_start(me, spec: GuestSpec) -> Observed {
+        let _given = me.keys.until_then(KeyOwner::Guest(spec.instance));
+        me.start(spec).await
+    }
     mutate guest_stop(me, request: GuestStop) -> Observed { me.stop(request).await }
     read guest_ask(me, request: GuestAsk) -> () {
         let GuestAsk { guest, wish, by } = request;
@@ -618,7 +625,10 @@ calls! {
             None => Ok(0),
         }
     }
-    mutate guest_update(me, spec: GuestSpec) -> Applied { me.update(spec).await }
+    mutate guest_update(me, spec: GuestSpec) -> Applied {
+        let _given = me.keys.until_then(KeyOwner::Guest(spec.instance));
+        me.update(spec).await
+    }
     mutate machine_state_save(me, request: MachineStateSave) -> () {
         let MachineStateRef { instance, snapshot } = request.at;
         let _lock = me.lock(instance.0).await;

@@ -24,6 +24,7 @@ mod host_paths;
 pub mod ids;
 mod images;
 mod kernel;
+mod keys;
 mod logs;
 mod machines;
 mod memory;

@@ -101,7 +101,7 @@ impl RealAgent {
                 image_held = Some(self.images.hold(image).await?);
                 source
             }
-            VolumeSource::Copy { .. } => {
+            VolumeSource::Copy { .. } | VolumeSource::Encrypted { .. } => {
                 return Err(Error::invalid("source", "a volume is rebuilt of an image, or empty"));
             }
         };

@@ -153,9 +153,15 @@ impl RealAgent {
             return Ok(());
         }
         let (mut held, mut size, mut in_full) = (None, spec.size, false);
-        let mut image_held = None;
+        let (mut image_held, mut container) = (None, None);
         let source = match spec.source {
             VolumeSource::Empty => Source::Empty,
+            VolumeSource::Encrypted { .. } if spec.content != VolumeContent::Block => {
+                return Err(Error::invalid("content", "only a disk can be encrypted"));
+            }
+            VolumeSource::Encrypted { encryption } => {
+                container.insert(self.container(spec.id, encryption).await?).source()
+            }
             VolumeSource::Image { image, full } => {
                 in_full = full;
                 let source = self.image_source(image).await?;
@@ -179,7 +185,7 @@ impl RealAgent {
         };
         let new = NewVolume { content: spec.content, size, source: source.in_full(in_full) };
         pool.create(spec.id, &new).await?;
-        drop((held, image_held));
+        drop((held, image_held, container));
         Ok(())
     }
 

@@ -12,6 +12,7 @@ use crate::{
     copies::{MachineCopyBegin, MachineCopyEnd, MachineCopyRef, MachineCopySpeed},
     descriptions::{FoundPool, PoolDescribe, PoolSurvey, PoolSurveyed, PoolsFind},
     displays::{DisplayGuardSet, DisplayGuarded, SpiceChannel},
+    keys::KeysHand,
     memory::{MachineDump, MachineMemoryBegin, MachineMemoryEnd, MachineMemoryRef, MemoryFileChange},
     neighbours::{MemoryPeriod, Neighbour, NeighboursFind},
     outputs::ExecOutput,
@@ -362,6 +363,9 @@ agent_calls! {
     /// Opens the files of an image as uploaded, for reading: one descriptor each, in order.
     read fn image_export(ImageExport: ImageId) -> WithFds<Vec<ImageFile>>;
 
+    /// Hands over passphrases of encrypted disks for a call that is to come: the making of a volume, a start or a change of a guest.
+    /// They are in memory until that call has ended, or for ten minutes, and nowhere else.
+    read fn keys_hand(KeysHand: KeysHand) -> ();
     /// Starts a guest; answers when its processes run.
     mutate fn guest_start(GuestStart: GuestSpec) -> Observed;
     /// Stops a guest.

@@ -9,6 +9,7 @@ mod checkpoints;
 mod copies;
 mod descriptions;
 mod guests;
+mod keys;
 mod memory;
 mod parts;
 mod publish;
@@ -16,8 +17,8 @@ mod storage;
 mod threads;
 
 use crate::{
-    acl_logs::*, asks::*, backups::*, calls::*, copies::*, displays::*, memory::*, outputs::*, publish::*,
-    thresholds::*,
+    acl_logs::*, asks::*, backups::*, calls::*, copies::*, displays::*, keys::*, memory::*, outputs::*,
+    publish::*, thresholds::*,
 };
 use karst_env::{EnvExt, SharedEnv};
 use karst_model::{
@@ -122,6 +123,7 @@ impl Subject {
             storage::trees,
             storage::disks,
             storage::bytes,
+            keys::encrypted_volumes,
             backups::trees,
             backups::disks,
             descriptions::of_pools_and_volumes,

@@ -15,6 +15,7 @@ pub mod checkpoint;
 pub mod device;
 pub mod display;
 pub mod dnsmasq;
+pub mod encryption;
 pub mod error;
 pub mod firewall;
 pub mod guest;

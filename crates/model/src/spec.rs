@@ -9,6 +9,7 @@ use crate::{
         DiskIo, DriveFormat, DriveMedia, HostDevice, NicModel, NodeDevice, ParentLink, PortDevice, PortVlans,
         ProxyDevice, RoutedLink, Share,
     },
+    encryption::Encryption,
     firewall::{AclSpec, AddressSetSpec, ForwardSpec, Policy},
     image::Application,
     instance::{Firmware, Generation, InstanceKind},
@@ -810,6 +811,11 @@ pub struct VolumeSpec {
 pub enum VolumeSource {
     /// Nothing in it.
     Empty,
+    /// The same, in a container of LUKS, whose passphrase is handed over before. Its size is the container's.
+    Encrypted {
+        /// What it is made with.
+        encryption: Encryption,
+    },
     /// A clone of an image's content.
     Image {
         /// Which.

@@ -2,6 +2,7 @@
 
 use crate::{
     ByteSize, Config, Error, ImageId, InstanceId, Name, PoolId, ProjectId, Result, VolumeId,
+    encryption::{self, Encryption},
     error::nearest,
     keys,
     spec::{PoolOptions, PoolSource, PoolSpec},
@@ -229,6 +230,7 @@ pub fn default_of(key: &str) -> Option<&str> {
 fn fits(key: &str, content: VolumeContent) -> bool {
     match key {
         "security.shared" => content == VolumeContent::Block,
+        _ if key.starts_with("encryption.") => content == VolumeContent::Block,
         "security.shifted" => content == VolumeContent::Filesystem,
         "size" => content != VolumeContent::Iso,
         _ => true,
@@ -513,6 +515,31 @@ impl Volume {
         self.content != VolumeContent::Block
             || self.config.get("security.shared").is_some_and(|v| keys::parse_bool("", v).unwrap_or(false))
     }
+
+    /// How it is encrypted, and the secret that opens it; only what users make is. Its keys were checked when they were written.
+    pub fn encryption(&self) -> Option<(uuid::Uuid, Encryption)> {
+        Encryption::of(&self.config).ok().flatten().filter(|_| self.owner == VolumeOwner::Custom)
+    }
+
+    /// Bytes that stand before its content in the pool: what encryption puts there.
+    pub fn header(&self) -> u64 {
+        self.encryption().map_or(0, |(_, made)| made.header())
+    }
+
+    /// What a size of its content is in the pool.
+    pub fn stored(&self, size: ByteSize) -> ByteSize {
+        ByteSize(size.bytes().saturating_add(self.header()))
+    }
+
+    /// What a size in the pool is of its content.
+    pub fn shown(&self, stored: ByteSize) -> ByteSize {
+        ByteSize(stored.bytes().saturating_sub(self.header()))
+    }
+
+    /// Its size in the pool.
+    pub fn stored_size(&self) -> Option<ByteSize> {
+        self.size.map(|size| self.stored(size))
+    }
 }
 
 /// Size of a custom block volume without one.
@@ -520,6 +547,10 @@ pub const DEFAULT_BLOCK_SIZE: ByteSize = ByteSize::gib(10);
 
 /// Keys of custom volumes.
 pub const VOLUME_KEYS: &[&str] = &[
+    encryption::CIPHER,
+    encryption::HASH,
+    encryption::IV,
+    encryption::SECRET,
     "full_copy",
     "security.shared",
     "security.shifted",
@@ -561,6 +592,12 @@ pub fn check_volume_config(config: &Config, content: VolumeContent) -> Result<Op
                 }
                 size = Some(bytes);
             }
+            _ if key.starts_with("encryption.") && content != VolumeContent::Block => {
+                return Err(Error::invalid(
+                    field,
+                    "is for block volumes, of which the disks of virtual machines are; file systems and discs are not encrypted",
+                ));
+            }
             "security.shared" if content == VolumeContent::Filesystem => {
                 return Err(Error::invalid(
                     field,
@@ -580,6 +617,7 @@ pub fn check_volume_config(config: &Config, content: VolumeContent) -> Result<Op
             _ => {}
         }
     }
+    Encryption::of(config)?;
     Ok(size)
 }
 

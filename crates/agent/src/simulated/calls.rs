@@ -7,7 +7,7 @@ use super::{
 };
 use crate::{
     acl_logs::*, asks::*, backups::*, calls::*, checkpoints::*, copies::*, descriptions::*, displays::*,
-    memory::*, neighbours::*, outputs::*, publish::*, thresholds::*,
+    keys::*, memory::*, neighbours::*, outputs::*, publish::*, thresholds::*,
 };
 use async_trait::async_trait;
 use karst_model::{
@@ -332,6 +332,10 @@ calls! {
         Ok(WithFds { value, fds })
     }
 
+    read keys_hand(me, request: KeysHand) -> () {
+        me.hand_keys(request);
+        Ok(())
+    }
     mutate guest_start(me, spec: GuestSpec) -> Observed { me.start(spec) }
     mutate guest_stop(me, request: GuestStop) -> Observed { me.stop(request).await }
     read guest_ask(me, request: GuestAsk) -> () { me.ask(request).await }
@@ -363,6 +367,8 @@ calls! {
         let mut state = me.settled();
         me.check_guest(&state, &spec)?;
         spec.limits.resolve_share(me.options.memory.bytes())?;
+        let has = state.guests.get(&spec.instance).map(|g| g.spec.clone());
+        state.take_guest_keys(&spec, has.as_ref())?;
         if state.guests.get(&spec.instance).is_some_and(|g| g.spec.disks != spec.disks) {
             state.demand_no_copy(spec.instance)?;
         }

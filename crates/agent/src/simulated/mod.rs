@@ -12,6 +12,7 @@ mod descriptions;
 mod files;
 mod halt;
 mod hardware;
+mod keys;
 mod memory;
 mod monitor;
 mod publish;

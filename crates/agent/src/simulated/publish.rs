@@ -69,7 +69,7 @@ impl SimulatedAgent {
                 }
                 image.held.clone()
             }
-            VolumeSource::Copy { .. } => {
+            VolumeSource::Copy { .. } | VolumeSource::Encrypted { .. } => {
                 return Err(Error::invalid("source", "a volume is rebuilt of an image, or empty"));
             }
         };

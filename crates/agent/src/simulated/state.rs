@@ -67,6 +67,8 @@ pub(super) struct State {
     pub dirty_rates: BTreeMap<InstanceId, (u32, u32)>,
     /// How often machines are to tell of their memory, where that was said.
     pub memory_periods: BTreeMap<InstanceId, u32>,
+    /// Passphrases that were handed over for calls to come.
+    pub keys: BTreeMap<crate::keys::KeyOwner, karst_model::encryption::Passphrases>,
     /// Addresses that were seen behind MAC addresses, beside those that DHCP gave.
     pub spoke: Vec<(String, IpAddr)>,
     /// Thresholds of disks, by machine and slot: of which start, and the byte.

@@ -105,6 +105,13 @@ impl SimulatedAgent {
         let (mut wanted, mut held, mut size) = (EMPTY_VOLUME, Held::default(), spec.size);
         match spec.source {
             VolumeSource::Empty => {}
+            VolumeSource::Encrypted { .. } => {
+                if spec.content != VolumeContent::Block {
+                    return Err(Error::invalid("content", "only a disk can be encrypted"));
+                }
+                state.take_volume_key(spec.id)?;
+                held.imported = Arc::new(super::keys::MAGIC.to_vec());
+            }
             VolumeSource::Image { image, .. } => {
                 let facts = state.images.get(&image).map(|i| &i.facts);
                 let facts =

@@ -156,6 +156,7 @@ impl SimulatedAgent {
             }
         }
         self.check_guest(&state, &spec)?;
+        state.take_guest_keys(&spec, None)?;
         spec.limits.resolve_share(self.options.memory.bytes())?;
         state.forget_copies(spec.instance);
         state.demand_memory(&spec)?;

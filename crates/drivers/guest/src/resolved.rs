@@ -4,7 +4,9 @@ use ipnet::{IpNet, Ipv4Net};
 use karst_host::overlay::Layers;
 use karst_model::{
     Error, InstanceId, Result,
+    device::{DiskIo, NicModel, ParentLink, PortVlans, RoutedLink},
     device::{DiskIo, NicModel, ParentLink, PortVlans, RoutedLink, Share},
+    encryption::Passphrase,
     image::Application,
     instance::{Generation, InstanceKind},
     node::AcceleratorKind,
@@ -184,6 +186,9 @@ pub struct ResolvedDisk {
     /// changed what it leads to.
     #[serde(skip)]
     pub opened: Option<Opened>,
+    /// What opens it, when it is a container of LUKS ([`DiskIo::secret`]) that is about to be opened. In no record.
+    #[serde(skip)]
+    pub key: Option<Passphrase>,
     /// What is mounted below the path is seen as well (containers).
     #[serde(default)]
     pub recursive: bool,

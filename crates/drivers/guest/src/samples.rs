@@ -56,6 +56,7 @@ pub fn disk(name: &str, slot: &str, path: impl Into<PathBuf>, format: DiskFormat
         foreign: false,
         shift: false,
         opened: None,
+        key: None,
         recursive: false,
         follow: false,
         cdrom: false,

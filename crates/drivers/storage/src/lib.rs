@@ -10,6 +10,7 @@ mod filling;
 mod flush;
 mod hold;
 mod layers;
+mod luks;
 mod moved;
 pub mod objects;
 mod open;
@@ -22,6 +23,7 @@ pub use descriptions::pool_description;
 pub use driver::*;
 pub use files::FilePool;
 pub use hold::{Hold, hold_by_id};
+pub use luks::Container;
 pub use objects::ObjectPool;
 pub use projects::release_limits;
 

@@ -74,6 +74,8 @@ pub mod fd {
     pub const DISK: i32 = 40;
     /// First shared directory.
     pub const DIRECTORY: i32 = 200;
+    /// What opens the first disk, where it is encrypted.
+    pub const KEY: i32 = 600;
     /// Of the first port; each has this and the next, which is of its log.
     pub const PORT: i32 = 300;
     /// First device of the host.
@@ -536,6 +538,9 @@ pub fn argv(m: &Machine) -> Result<Vec<String>> {
         let number = fd::DISK + 2 * i as i32;
         opt("-object", disk.group().to_string());
         if !disk.ejected {
+            if disk.encrypted {
+                opt("-object", disk.key(fd::KEY + i as i32).to_string());
+            }
             sets.push((file_set, number, "disk"));
             if disk.cloned {
                 sets.push((base_set, number + 1, "base"));

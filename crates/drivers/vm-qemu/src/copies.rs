@@ -284,6 +284,11 @@ pub(crate) async fn begin(machine: &Machine, copy: DiskCopy) -> Result<()> {
     if disk.cdrom || disk.readonly {
         return Err(Error::unsupported("a disk that is only read is copied as a volume, not by its guest"));
     }
+    if disk.io.secret.is_some() {
+        return Err(Error::unsupported(
+            "an encrypted disk is copied while its guest does not run, as a volume: QEMU would write what it decrypted",
+        ));
+    }
     if disk.shared {
         return Err(Error::unsupported(
             "a disk that other machines may write is copied while none of those that have it runs",

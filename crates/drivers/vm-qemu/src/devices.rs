@@ -280,6 +280,8 @@ pub struct Disk {
     pub boot_priority: u32,
     /// The guest sees a serial number.
     pub serial: bool,
+    /// It is a container of LUKS.
+    pub encrypted: bool,
 }
 
 /// Higher priorities boot first; of the same, disks before NICs and lower slots first. QEMU counts from 1 upwards, and
@@ -309,6 +311,7 @@ impl Disk {
             pci: disk.pci.clone(),
             boot_priority: disk.boot_priority,
             serial,
+            encrypted: disk.io.secret.is_some(),
         }
     }
 
@@ -357,6 +360,16 @@ impl Disk {
             all.retain(|name, n| plain.contains(&name.as_str()) || !usual(name, n));
         }
         json!({"qom-type": "throttle-group", "id": self.side.name('t', &self.slot), "limits": limits})
+    }
+
+    /// The object that opens it, of what is to be read from a descriptor: so it is in no argument, no command and no property.
+    pub fn key(&self, descriptor: i32) -> Value {
+        json!({"qom-type": "secret", "id": self.key_name(), "file": format!("/dev/fd/{descriptor}")})
+    }
+
+    /// Name of that object.
+    pub fn key_name(&self) -> String {
+        self.side.name('k', &self.slot)
     }
 
     /// Its limits in QEMU's words, all of them; 0 is none.
@@ -408,11 +421,19 @@ impl Disk {
             "driver": "raw", "node-name": name('i'), "file": name('f'), "cache": cache,
             "discard": "unmap", "read-only": self.readonly,
         });
-        if !self.readonly {
+        if !self.readonly && !self.encrypted {
             image["detect-zeroes"] = "unmap".into();
         }
         match self.format {
+            DiskFormat::Raw if self.encrypted => {
+                image["driver"] = "luks".into();
+                image["key-secret"] = self.key_name().into();
+            }
             DiskFormat::Raw => {}
+            DiskFormat::Qcow2 if self.encrypted => {
+                let text = "an encrypted disk is a container of LUKS, which is raw; this one is qcow2";
+                return Err(Error::invalid(format!("{}.encryption.secret", self.field()), text));
+            }
             DiskFormat::Qcow2 => {
                 image["driver"] = "qcow2".into();
                 // A backing file that an image names is not opened; the one below a clone is the agent's word.
@@ -822,6 +843,7 @@ pub(crate) mod tests {
             pci: None,
             boot_priority: 0,
             serial: true,
+            encrypted: false,
         }
     }
 

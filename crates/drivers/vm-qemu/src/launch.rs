@@ -4,7 +4,7 @@
 use crate::{
     argv::{Machine, argv, fd},
     devices::{Disk, Layout, Nic},
-    directories, given,
+    directories, given, keys,
     placement::Placed,
     ports,
     probe::kvm_group,
@@ -287,7 +287,7 @@ pub(crate) fn drop_links(record: &Record) -> Result<()> {
 }
 
 /// A sealed, read-only descriptor without a file: what users say to their guests is in none.
-fn sealed(name: &str, content: &[u8]) -> Result<OwnedFd> {
+pub(crate) fn sealed(name: &str, content: &[u8]) -> Result<OwnedFd> {
     let memory = rustix::fs::memfd_create(name, MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)
         .map_err(std::io::Error::from)?;
     let mut file = File::from(memory);
@@ -369,6 +369,7 @@ pub(crate) fn prepare(
             block_device = block;
             fds.push((number, file));
             fds.extend(base.map(|b| (number + 1, b)));
+            fds.extend(keys::descriptor(disk)?.map(|key| (fd::KEY + i as i32, key)));
         }
         disks.push(Disk::new(disk, block_device, layout.hotplug()));
     }
@@ -490,6 +491,10 @@ pub(crate) fn explain(output: &str, record: &Record) -> Error {
         .map(|l| crate::line::printable(l, 400))
         .find(|l| !l.is_empty())
         .unwrap_or_else(|| "it wrote no reason".to_owned());
+    if let Some(e) = keys::explain(output, keys::told_of(output, record)) {
+        let text = format!("the virtual machine could not be started: {}", e.message);
+        return Error { message: text, ..e }.with_context(output.trim());
+    }
     let (kind, text) = if output.contains("Failed to get \"write\" lock")
         || output.contains("Failed to get shared \"write\" lock")
     {

@@ -27,6 +27,7 @@ pub mod files;
 pub mod fuzzing;
 mod given;
 mod inside;
+mod keys;
 mod launch;
 pub mod line;
 mod machine;

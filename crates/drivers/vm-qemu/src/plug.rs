@@ -7,7 +7,7 @@
 use crate::{
     backups, bitmaps, copies,
     devices::{Disk, Layout, Nic, Side, device_id, rates},
-    launch,
+    directories, keys, launch,
     machine::Inner,
     qmp::{Event, Qmp},
     record::{Devices, Record},
@@ -46,6 +46,9 @@ fn same_disk(a: &ResolvedDisk, b: &ResolvedDisk) -> bool {
         d.shared = false;
         // Opened anew each time.
         d.opened = None;
+        d.key = None;
+        // It is open, whatever opened it; but what is no container any more, or is one now, is another disk.
+        d.io.secret = d.io.secret.map(|_| uuid::Uuid::nil());
         if medium {
             d.path = Default::default();
             d.ejected = false;
@@ -93,11 +96,15 @@ struct Change<'a> {
 /// What a disk or tap lacks, what QEMU refuses, and conflict when the guest does not give a device back in time. What was
 /// done until then is written down.
 pub(crate) async fn apply(machine: &Inner, guest: &ResolvedGuest) -> Result<Vec<String>> {
-    let (Some(applied), Some(wanted)) = (machine.record().devices.clone(), Devices::of(guest)) else {
+    let (Some(applied), Some(mut wanted)) = (machine.record().devices.clone(), Devices::of(guest)) else {
         return Ok(vec![]);
     };
     if applied.disks == wanted.disks && applied.nics == wanted.nics {
         return Ok(vec![]);
+    }
+    // Not kept, but needed for what is new.
+    for (disk, whole) in wanted.disks.iter_mut().zip(directories::drives(guest)) {
+        disk.key = whole.key.clone();
     }
     // A thread, or options, that wait for the next start are no change.
     let plain = |disks: &[ResolvedDisk]| -> Vec<ResolvedDisk> {
@@ -105,6 +112,7 @@ pub(crate) async fn apply(machine: &Inner, guest: &ResolvedGuest) -> Result<Vec<
         for disk in &mut disks {
             disk.io.thread = None;
             disk.io.options = Default::default();
+            disk.key = None;
         }
         disks
     };
@@ -139,6 +147,17 @@ pub(crate) async fn grow(machine: &Inner, slot: &str, size: u64) -> Result<()> {
     let side = side(&qmp, slot).await?;
     bitmaps::drop_broken(&qmp, &side.name('i', slot)).await?;
     let node = side.name('d', slot);
+    let encrypted = {
+        let record = machine.record();
+        let mut disks = record.devices.iter().flat_map(|d| &d.disks);
+        disks.any(|d| d.slot == slot && d.io.secret.is_some())
+    };
+    // What stands before the content is in the size that is stored, and not in that of the disk.
+    let before = match encrypted {
+        true => keys::header(&qmp, &side.name('f', slot), &side.name('i', slot)).await?,
+        false => 0,
+    };
+    let size = size.saturating_sub(before);
     qmp.execute("block_resize", json!({"node-name": node, "size": size})).await.map(drop)
 }
 
@@ -169,10 +188,22 @@ pub(crate) async fn add_nodes(qmp: &Qmp, disk: &ResolvedDisk, side: Side) -> Res
             qmp.execute_with_fd("add-fd", json!({"fdset-id": set, "opaque": "disk"}), fd.as_fd()).await?;
         }
     }
-    for n in node.nodes()? {
-        qmp.execute("blockdev-add", n).await?;
+    let nodes = node.nodes()?;
+    if node.encrypted {
+        // Of an earlier try.
+        keys::take_back(qmp, &node).await?;
+        keys::give(qmp, disk, &node).await?;
     }
-    Ok(node)
+    let mut outcome = Ok(());
+    for n in nodes {
+        if outcome.is_ok() {
+            outcome = qmp.execute("blockdev-add", n).await.map(drop);
+        }
+    }
+    if node.encrypted {
+        keys::take_back(qmp, &node).await?;
+    }
+    outcome.map(|()| node)
 }
 
 /// Takes the nodes and descriptors of a slot's side from QEMU; nothing may drive them.
@@ -303,7 +334,7 @@ impl Change<'_> {
             self.note(|d| {
                 if let Some(d) = d.disks.iter_mut().find(|d| d.slot == disk.slot) {
                     let (thread, options) = (d.io.thread, d.io.options);
-                    *d = disk.clone();
+                    *d = Devices::without_key(disk);
                     (d.io.thread, d.io.options) = (thread, options);
                 }
             })?;
@@ -348,13 +379,17 @@ impl Change<'_> {
             }
             self.note(|d| {
                 d.disks.retain(|x| x.slot != disk.slot);
-                d.disks.push(disk.clone());
+                d.disks.push(Devices::without_key(disk));
             })?;
             self.clear_disk(&disk.slot).await?;
             if let Err(e) = self.plug_disk(disk).await {
                 self.clear_disk(&disk.slot).await?;
                 self.note(|d| d.disks.retain(|x| x.slot != disk.slot))?;
-                return Err(refused(e, &disk.name));
+                let said = e.context.clone().unwrap_or_default();
+                return Err(match keys::explain(&said, Some(disk)) {
+                    Some(explained) => explained.with_context(said),
+                    None => refused(e, &disk.name),
+                });
             }
             self.machine.tell(Happened::DeviceAdded { slot: disk.slot.clone() });
         }

@@ -47,13 +47,18 @@ pub(crate) struct Devices {
 }
 
 impl Devices {
+    /// A disk as it is written down, and kept as long as the machine is.
+    pub(crate) fn without_key(disk: &ResolvedDisk) -> ResolvedDisk {
+        ResolvedDisk { key: None, ..disk.clone() }
+    }
+
     pub(crate) fn of(guest: &ResolvedGuest) -> Option<Self> {
         let machine = guest.machine.as_ref()?;
         Some(Self {
             machine: machine.machine.clone(),
             ports: machine.ports,
             display: machine.display,
-            disks: directories::drives(guest).cloned().collect(),
+            disks: directories::drives(guest).map(Self::without_key).collect(),
             nics: guest.nics.clone(),
         })
     }

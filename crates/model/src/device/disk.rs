@@ -1,9 +1,10 @@
 //! Disks.
 
 use super::{Keys, Rates, Share};
-use crate::{ByteSize, Error, Result, options::DiskOptions};
+use crate::{ByteSize, Error, Result, encryption, options::DiskOptions};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
+use uuid::Uuid;
 
 /// The root disk.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -164,6 +165,9 @@ pub struct DiskIo {
     /// What of it is not as usual.
     #[serde(default, skip_serializing_if = "usual")]
     pub options: DiskOptions,
+    /// The secret whose value opens it: it is a container of LUKS. In what a host is told also where the volume says it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub secret: Option<Uuid>,
 }
 
 fn usual(options: &DiskOptions) -> bool {
@@ -282,7 +286,8 @@ pub(super) const OTHER_KEYS: &[&str] = &[
     "tag",
     "share.options",
 ];
-pub(super) const IO_KEYS: [&str; 8] = [
+pub(super) const IO_KEYS: [&str; 9] = [
+    encryption::SECRET,
     "io.bus",
     "io.cache",
     "io.options",
@@ -342,6 +347,10 @@ impl DiskIo {
                 Some(text) => DiskOptions::parse(&keys.field("io.options"), text, bus)?,
                 None => DiskOptions::default(),
             },
+            secret: match keys.get(encryption::SECRET) {
+                Some(text) => Some(encryption::parse_secret(&keys.field(encryption::SECRET), text)?),
+                None => None,
+            },
         })
     }
 }
@@ -399,6 +408,12 @@ impl RootDevice {
             return Err(Error::invalid(
                 keys.field("size"),
                 "a root disk that is a custom volume has the size of that volume",
+            ));
+        }
+        if source.is_none() && keys.get(encryption::SECRET).is_some() {
+            return Err(Error::invalid(
+                keys.field(encryption::SECRET),
+                "a root disk of its own is not encrypted; make an encrypted volume, and name it as source",
             ));
         }
         if source.is_some() && keys.get(INITIAL).is_some() {
@@ -460,6 +475,14 @@ impl DiskDevice {
         if directory && io.rates.is_some() {
             let text = "is of a drive of a virtual machine; a directory has limits.read and limits.write";
             return Err(Error::invalid(keys.field("limits.rates"), text));
+        }
+        if io.secret.is_some() && (path.is_some() || matches!(source, DiskOrigin::Memory { .. })) {
+            let text = "is said of a drive of a virtual machine; file systems are not encrypted here";
+            return Err(Error::invalid(keys.field(encryption::SECRET), text));
+        }
+        if io.secret.is_some() && keys.get("format").is_some_and(|format| format != "raw") {
+            let text = "an encrypted disk is a container of LUKS, which is raw; leave the format out";
+            return Err(Error::invalid(keys.field("format"), text));
         }
         for key in ["format", "media"] {
             if keys.get(key).is_some() && (directory || !matches!(source, DiskOrigin::Host { .. })) {

@@ -15,6 +15,13 @@ pub const DISK_KEYS: &[(&str, bool, bool, &str)] = &[
         "Virtual machines: the higher, the earlier it is booted from; the root has 1 unless it says otherwise.",
     ),
     (
+        "encryption.secret",
+        true,
+        true,
+        "Virtual machines: it is a container of LUKS, which the value of this secret of the project (its UUID) opens; an encrypted volume \
+         says its secret itself. Of a root disk only where that is a custom volume.",
+    ),
+    (
         "format",
         false,
         true,

@@ -98,6 +98,31 @@ fn a_uefi_guest_under_kvm_on_a_block_device_behind_scsi() {
 }
 
 #[test]
+fn encrypted_disks_are_opened_by_what_a_descriptor_has() {
+    let mut m = machine();
+    m.disks.push(Disk { encrypted: true, ..disk("scsi1") });
+    m.disks.push(Disk { encrypted: true, block_device: true, readonly: true, ..disk("scsi2") });
+    let all = argv(&m).unwrap();
+    let at = |text: &str| all.iter().position(|a| a == text).unwrap_or_else(|| panic!("{text} in {all:?}"));
+    for (slot, number) in [("scsi1", 601), ("scsi2", 602)] {
+        let key =
+            at(&format!("{{\"qom-type\":\"secret\",\"id\":\"k-{slot}\",\"file\":\"/dev/fd/{number}\"}}"));
+        let node = all.iter().position(|a| a.contains(&format!("\"node-name\":\"i-{slot}\"")));
+        let node = node.unwrap();
+        assert!(key < node && all[key - 1] == "-object", "{all:?}");
+        let image: serde_json::Value = serde_json::from_str(&all[node]).unwrap();
+        assert_eq!(image["driver"], "luks");
+        assert_eq!(image["key-secret"], format!("k-{slot}").as_str());
+        assert_eq!(image["file"], format!("f-{slot}").as_str());
+        assert!(image.get("detect-zeroes").is_none() && image.get("backing").is_none(), "{image}");
+    }
+    // The first one is not.
+    assert!(!all.iter().any(|a| a.contains("k-virtio0")));
+    m.disks[1].format = DiskFormat::Qcow2;
+    assert_eq!(argv(&m).unwrap_err().field.as_deref(), Some("devices.data.encryption.secret"));
+}
+
+#[test]
 fn floppy_disks_and_disks_on_usb() {
     let mut m = machine();
     let place = |kind: &str| Disk { pci: None, ..disk(kind) };

@@ -1,0 +1,119 @@
+//! Passphrases of encrypted disks that were handed over for calls to come, in memory only: each is gone when its call has ended, and
+//! after a while in any case.
+
+use crate::RealAgent;
+use karst_agent::{KeyOwner, KeysHand};
+use karst_env::{Mutex, SharedEnv};
+use karst_model::{
+    Error, InstanceId, Result, VolumeId,
+    device::DiskIo,
+    encryption::{Encryption, Passphrase, Passphrases},
+};
+use karst_storage::Container;
+use std::{collections::BTreeMap, time::Duration};
+
+/// For how long they are held without their call: as the protocol says.
+const HELD: Duration = Duration::from_secs(600);
+/// For how many calls there may be some.
+const OWNERS: usize = 1024;
+
+/// Passphrases that are held.
+pub(crate) struct Keys {
+    env: SharedEnv,
+    held: Mutex<BTreeMap<KeyOwner, (Duration, Passphrases)>>,
+}
+
+/// Forgets those of an owner when it is dropped: the call that they were for has ended.
+pub(crate) struct Given<'a> {
+    keys: &'a Keys,
+    of: KeyOwner,
+}
+
+impl Drop for Given<'_> {
+    fn drop(&mut self) {
+        self.keys.held.lock().remove(&self.of);
+    }
+}
+
+impl Keys {
+    pub fn new(env: SharedEnv) -> Self {
+        Self { env, held: Mutex::default() }
+    }
+
+    /// Takes some, in the place of those of the same owner.
+    pub fn hand(&self, request: KeysHand) -> Result<()> {
+        self.hand_at(self.env.monotonic(), request)
+    }
+
+    fn hand_at(&self, now: Duration, request: KeysHand) -> Result<()> {
+        let mut held = self.held.lock();
+        held.retain(|_, (since, _)| now.saturating_sub(*since) < HELD);
+        if held.len() >= OWNERS && !held.contains_key(&request.of) {
+            return Err(Error::quota(format!("passphrases are held for {OWNERS} calls already; try again")));
+        }
+        held.insert(request.of, (now, request.keys));
+        Ok(())
+    }
+
+    /// Those of this owner go when what is answered goes.
+    pub fn until_then(&self, of: KeyOwner) -> Given<'_> {
+        Given { keys: self, of }
+    }
+
+    /// That of a guest's disk, where it has come: what a running guest has open needs none.
+    pub fn of_disk(&self, instance: InstanceId, io: &DiskIo) -> Option<Passphrase> {
+        let secret = io.secret?;
+        let held = self.held.lock();
+        held.get(&KeyOwner::Guest(instance)).and_then(|(_, keys)| keys.get(&secret)).cloned()
+    }
+
+    fn of_volume(&self, volume: VolumeId) -> Result<Passphrase> {
+        let held = self.held.lock();
+        let one = held.get(&KeyOwner::Volume(volume)).and_then(|(_, keys)| keys.values().next()).cloned();
+        one.ok_or_else(|| {
+            Error::conflict("the passphrase of the encrypted volume was not handed over; try again")
+        })
+    }
+}
+
+impl RealAgent {
+    /// An empty container with the passphrase that was handed over for a volume.
+    pub(crate) async fn container(&self, volume: VolumeId, encryption: Encryption) -> Result<Container> {
+        let passphrase = self.keys.of_volume(volume)?;
+        Container::make(&self.launcher, &self.registry.path("staging"), encryption, &passphrase).await
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use uuid::Uuid;
+
+    #[test]
+    fn passphrases_are_held_for_their_call_and_not_for_ever() {
+        let keys = Keys::new(karst_env::RealEnv::shared());
+        let (guest, secret) = (InstanceId(Uuid::from_u128(1)), Uuid::from_u128(2));
+        let io = DiskIo { secret: Some(secret), ..DiskIo::default() };
+        let one = |text: &str| {
+            let keys = Passphrases::from([(secret, Passphrase::of(text.as_bytes()).unwrap())]);
+            KeysHand { of: KeyOwner::Guest(guest), keys }
+        };
+        assert!(keys.of_disk(guest, &io).is_none());
+        keys.hand(one("first")).unwrap();
+        keys.hand(one("second")).unwrap();
+        assert_eq!(keys.of_disk(guest, &io).unwrap().text(), "second");
+        assert!(keys.of_disk(InstanceId(Uuid::from_u128(3)), &io).is_none(), "nobody else has it");
+        assert!(keys.of_disk(guest, &DiskIo::default()).is_none());
+        assert!(keys.of_volume(VolumeId(guest.0)).is_err(), "nor a volume");
+        drop(keys.until_then(KeyOwner::Guest(guest)));
+        assert!(keys.of_disk(guest, &io).is_none(), "its call has ended");
+
+        let none = || KeysHand { of: KeyOwner::Volume(VolumeId(Uuid::nil())), keys: Passphrases::new() };
+        keys.hand_at(Duration::ZERO, one("old")).unwrap();
+        keys.hand_at(HELD - Duration::from_secs(1), none()).unwrap();
+        assert!(keys.of_disk(guest, &io).is_some());
+        keys.hand_at(HELD, none()).unwrap();
+        assert!(keys.of_disk(guest, &io).is_none(), "no call came for it");
+        assert!(keys.of_volume(VolumeId(Uuid::nil())).is_err());
+    }
+}
