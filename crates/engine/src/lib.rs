@@ -26,6 +26,7 @@ pub mod firewall;
 pub mod health;
 pub mod images;
 pub mod inventory;
+mod keys;
 pub mod network;
 pub mod operations;
 pub mod reconcile;

@@ -244,6 +244,31 @@ impl EngineInner {
     }
 }
 
+impl EngineInner {
+    /// The value of a secret for what uses it: private ones too, which leave for hosts only. Nothing where the project has no such
+    /// secret.
+    ///
+    /// # Errors
+    /// Not found when it has no value; unavailable without the key that it was sealed with.
+    pub(crate) fn secret_inside(&self, project: ProjectId, uuid: Uuid) -> Result<Option<SecretValue>> {
+        let Some(secret) = self.secrets_of(project).into_iter().find(|s| s.uuid == uuid) else {
+            return Ok(None);
+        };
+        let none = || {
+            let text = format!(
+                "secret '{uuid}' does not have a value; set it (karst secret set, or virsh secret-set-value)"
+            );
+            Error::not_found(text)
+        };
+        if secret.ephemeral {
+            let value = self.vault.change(|all| all.get(&(project, uuid))?.value.clone());
+            return value.ok_or_else(none).map(Some);
+        }
+        let sealed = secret.sealed.as_ref().ok_or_else(none)?;
+        self.vault.with_key(|key| key.open(&secret, sealed)).map(Some)
+    }
+}
+
 impl Engine {
     /// Gives the key that values are sealed with. Without one, values are neither taken nor given.
     pub fn set_secret_key(&self, key: SecretKey) {

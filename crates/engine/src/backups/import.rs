@@ -372,7 +372,7 @@ impl Engine {
                 },
                 volume: VolumeRef { pool: volume.pool, volume: volume.id },
                 content,
-                size,
+                size: volume.stored_size(),
                 snapshots: snapshots.iter().map(|s| (s.name.clone(), s.id)).collect(),
             };
             let path = volumes::path(&records, &volume);
@@ -712,7 +712,7 @@ impl Saga for VolumeImport {
     ) -> Result<()> {
         let mut volume = plan.volume.clone();
         if volume.content.is_disk() {
-            volume.size = outputs.size.or(volume.size);
+            volume.size = outputs.size.map(|stored| volume.shown(stored)).or(volume.size);
         }
         let records = engine.inventory.read();
         admit(&records, tx, volume.project, &Planned { volume: Some(&volume), ..Default::default() })?;

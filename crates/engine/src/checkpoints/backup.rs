@@ -304,6 +304,7 @@ fn plan(
     request.listen.map_or(Ok(()), BackupListen::check)?;
     let wanted: Vec<String> = request.disks.iter().map(|d| d.device.clone()).collect();
     let found = disks(records, row, Some(&wanted))?;
+    super::demand_plain(records, row, &found)?;
     let mut planned = vec![];
     let (mut devices, mut exports, mut targets) = (BTreeSet::new(), BTreeSet::new(), BTreeSet::new());
     for disk in &request.disks {

@@ -170,6 +170,26 @@ fn disks<'a>(
     Ok(all)
 }
 
+/// Refuses disks that are encrypted: QEMU would write what it decrypted.
+fn demand_plain(records: &Records, row: &Row<Instance>, disks: &[OwnDisk<'_>]) -> Result<()> {
+    let devices = records.expanded(row).1;
+    let parsed = expand::parse_devices(&devices)?;
+    let io = |device: &str| {
+        parsed.disks.iter().find(|(name, _)| name == device).map_or(parsed.root.1.io, |(_, disk)| disk.io)
+    };
+    match disks.iter().find(|d| crate::keys::is_encrypted(d.volume, &io(&d.device))) {
+        None => Ok(()),
+        Some(disk) => {
+            let text = format!(
+                "the disk {:?} is encrypted: QEMU would write what it decrypted into a backup; back up its volume instead, and name the \
+                 other disks",
+                disk.device
+            );
+            Err(Error::unsupported(text).at("disks"))
+        }
+    }
+}
+
 /// The record of a new checkpoint, what the host is told of it, and the checkpoints that there are.
 fn prepare(
     inner: &EngineInner,
@@ -193,6 +213,7 @@ fn prepare(
         tx.expect(last);
     }
     let disks = disks(records, row, request.disks.as_deref())?;
+    demand_plain(records, row, &disks)?;
     let id = CheckpointId(inner.env.uuid());
     let mut mark = NewMark { id, disks: vec![] };
     let mut own = vec![];

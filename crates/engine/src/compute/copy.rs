@@ -428,6 +428,8 @@ impl Saga for InstanceCopy {
             (6, _) => {
                 if let Some(start) = &plan.create.start {
                     cx.engine.ensure_networks(cx, plan.node, &start.networks).await?;
+                    let project = plan.create.instance.project;
+                    crate::keys::hand_for_start(cx, &*agent, project, &start.spec).await?;
                     let started =
                         agent.guest_start(&cx.mutate(Duration::from_secs(120)), start.spec.clone()).await?;
                     outputs.started = Some(started);

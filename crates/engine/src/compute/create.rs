@@ -591,6 +591,8 @@ impl Saga for InstanceCreate {
                     } else {
                         Duration::from_secs(120)
                     };
+                    let project = plan.instance.project;
+                    crate::keys::hand_for_start(cx, &*agent, project, &start.spec).await?;
                     let observed = agent.guest_start(&cx.mutate(patience), start.spec.clone()).await?;
                     outputs.observed = Some(observed);
                 }

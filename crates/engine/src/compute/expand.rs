@@ -427,7 +427,10 @@ pub fn guest_spec(
             .source
             .as_ref()
             .is_some_and(|volume| is_shared(lookups, &root_device.pool, volume)),
-        io: root_device.io,
+        io: {
+            let of = root_device.source.as_ref().and_then(|v| (lookups.volume)(&root_device.pool, v));
+            crate::keys::driven(root_device.io, of.as_ref().map(|row| &row.value))
+        },
         pci: root_identity.pci.clone(),
         boot_priority: root_device.boot_priority.unwrap_or(1),
         detached: !root_device.attached,
@@ -471,7 +474,13 @@ pub fn guest_spec(
             recursive: disk.recursive,
             follow: disk.follow,
             shift: disk.shift,
-            io: disk.io,
+            io: match &disk.source {
+                DiskOrigin::Volume { pool, volume } => {
+                    let of = (lookups.volume)(pool, volume);
+                    crate::keys::driven(disk.io, of.as_ref().map(|row| &row.value))
+                }
+                DiskOrigin::Host { .. } | DiskOrigin::Memory { .. } => disk.io,
+            },
             ejected: !disk.attached,
             shared: match &disk.source {
                 DiskOrigin::Volume { pool, volume } => is_shared(lookups, pool, volume),

@@ -427,6 +427,7 @@ impl Saga for InstancePower {
                 Some(start) => {
                     cx.engine.ensure_networks(cx, node, &start.networks).await?;
                     let patience = if plan.resume { SAVING } else { Duration::from_secs(120) };
+                    crate::keys::hand_for_start(cx, &*agent, plan.instance.project, &start.spec).await?;
                     Some(agent.guest_start(&cx.mutate(patience), start.spec.clone()).await?)
                 }
             },

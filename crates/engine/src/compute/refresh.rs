@@ -220,6 +220,7 @@ impl Engine {
                 return Err(Error::invalid("source.name", "a volume cannot be refreshed from itself"));
             }
             crate::checkpoints::demand_none(&records, target.id, "and would get another disk")?;
+            crate::keys::demand_same(&target.config, &source.config).map_err(|e| e.at("source.name"))?;
             if source.content != target.content {
                 let text = format!(
                     "volume {:?} holds {}, and {:?} {}",
@@ -429,7 +430,8 @@ impl RefreshPlan {
         agent.volume_refresh(&cx.mutate(LONG), refresh).await?;
         match self.size() {
             Some(size) if self.size() != self.size => {
-                agent.volume_resize(&cx.mutate(LONG), VolumeResize { volume: self.volume(), size }).await
+                let resize = VolumeResize { volume: self.volume(), size: self.to.stored(size) };
+                agent.volume_resize(&cx.mutate(LONG), resize).await
             }
             _ => Ok(()),
         }

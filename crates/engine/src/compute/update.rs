@@ -514,6 +514,7 @@ impl Saga for InstanceUpdate {
                     .ensure_networks_for(cx, plan.instance.node, from, instances, &plan.networks)
                     .await?;
             }
+            crate::keys::hand_for_change(cx, &*agent, plan.instance.project, after).await?;
             outputs.applied = Some(agent.guest_update(&cx.mutate(UPDATE), after.clone()).await?);
         }
         if let Some(Volume { id, pool, size: Some(size), .. }) = &plan.grown {
@@ -529,7 +530,9 @@ impl Saga for InstanceUpdate {
             limit_again(cx, plan.instance.node, root.id).await?;
         }
         if let Some((before, after)) = &plan.live {
-            match cx.agent(plan.instance.node)?.guest_update(&cx.mutate(UPDATE), before.clone()).await {
+            let agent = cx.agent(plan.instance.node)?;
+            crate::keys::hand_for_change(cx, &*agent, plan.instance.project, before).await?;
+            match agent.guest_update(&cx.mutate(UPDATE), before.clone()).await {
                 // A guest that ended meanwhile needs no undo.
                 Err(e) if matches!(e.kind, ErrorKind::NotFound | ErrorKind::Conflict) => {}
                 other => drop(other?),

@@ -154,7 +154,7 @@ pub(super) fn plan_volume(
     let owner = records.volume_project(project.id);
     let config = said.volume.config.clone();
     let size = check_volume_config(&config, found.content)?;
-    let volume = Volume {
+    let mut volume = Volume {
         id: found.volume,
         pool: pool.id,
         project: owner,
@@ -162,11 +162,13 @@ pub(super) fn plan_volume(
         content: found.content,
         owner: VolumeOwner::Custom,
         description: said.volume.description.clone(),
-        size: found.size.or(size),
+        size: None,
         config,
         spec_version: said.volume.spec_version.max(1),
         created_at: said.volume.created_at,
     };
+    // What was found is the container, where it is encrypted.
+    volume.size = found.size.map(|stored| volume.shown(stored)).or(size);
     admit(records, tx, owner, &Planned { volume: Some(&volume), ..Default::default() })?;
     let (mut taken, mut names) = (vec![], BTreeSet::new());
     let size_of = |id: SnapshotId| found.snapshots.iter().find(|s| s.snapshot == id);
@@ -177,7 +179,11 @@ pub(super) fn plan_volume(
         if !names.insert(snapshot.name.to_string()) || records.volume_snapshots.contains_key(&snapshot.id) {
             return Err(Error::conflict(format!("it has the snapshot {:?} twice", &*snapshot.name)));
         }
-        taken.push(VolumeSnapshot { volume: volume.id, size: there.size, ..snapshot.clone() });
+        taken.push(VolumeSnapshot {
+            volume: volume.id,
+            size: there.size.map(|s| volume.shown(s)),
+            ..snapshot.clone()
+        });
     }
     for id in others(found, said) {
         taken.push(VolumeSnapshot {
@@ -185,7 +191,7 @@ pub(super) fn plan_volume(
             volume: volume.id,
             name: unsaid(id)?,
             description: String::new(),
-            size: size_of(id).and_then(|s| s.size),
+            size: size_of(id).and_then(|s| s.size).map(|s| volume.shown(s)),
             config: volume.config.clone(),
             created_at: inner.env.now(),
             expires_at: None,

@@ -152,7 +152,9 @@ pub struct SnapshotRestoreRunning;
 async fn start(cx: &StepContext, plan: &RunningPlan, start: &StartPlan, time: Duration) -> Result<Observed> {
     let node = plan.restore.node;
     cx.engine.ensure_networks(cx, node, &start.networks).await?;
-    cx.agent(node)?.guest_start(&cx.mutate(time), start.spec.clone()).await
+    let (agent, project) = (cx.agent(node)?, crate::keys::project_of(cx, start.spec.instance)?);
+    crate::keys::hand_for_start(cx, &*agent, project, &start.spec).await?;
+    agent.guest_start(&cx.mutate(time), start.spec.clone()).await
 }
 
 /// What the host sees of the guest now.

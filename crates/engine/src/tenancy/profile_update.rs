@@ -419,7 +419,11 @@ async fn apply(cx: &StepContext, profile: &Profile, users: &[User]) -> Result<()
         let applied = match user.before == user.after {
             // Nothing of it is the guest's business.
             true => Ok(Applied::default()),
-            false => cx.agent(user.node)?.guest_update(&cx.mutate(APPLY), user.after.clone()).await,
+            false => {
+                let (agent, project) = (cx.agent(user.node)?, user.on_networks.project);
+                crate::keys::hand_for_change(cx, &*agent, project, &user.after).await?;
+                agent.guest_update(&cx.mutate(APPLY), user.after.clone()).await
+            }
         };
         let applied = match applied {
             Ok(applied) => applied,
@@ -528,7 +532,9 @@ impl Saga for ProfileUpdate {
         for user in users.iter().filter(|u| u.is_changed()) {
             if user.before != user.after {
                 let before = user.before.clone();
-                match cx.agent(user.node)?.guest_update(&cx.mutate(APPLY), before).await {
+                let (agent, project) = (cx.agent(user.node)?, user.on_networks.project);
+                crate::keys::hand_for_change(cx, &*agent, project, &before).await?;
+                match agent.guest_update(&cx.mutate(APPLY), before).await {
                     Err(e) if matches!(e.kind, ErrorKind::NotFound | ErrorKind::Conflict) => continue,
                     other => note(engine, &user.flat[0], user.before.generation, &other?).await?,
                 }

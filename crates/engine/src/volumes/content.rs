@@ -84,7 +84,8 @@ fn demand_room(volume: &Volume, offset: u64, length: u64) -> Result<()> {
         let text = format!("volume {:?} is a file system, which has no bytes by place", volume.name);
         return Err(Error::unsupported(text));
     }
-    let size = volume.size.unwrap_or_default().bytes();
+    // As it is stored: of an encrypted one the container.
+    let size = volume.stored_size().unwrap_or_default().bytes();
     match offset.checked_add(length) {
         Some(end) if end <= size => Ok(()),
         _ => Err(Error::invalid(
@@ -152,7 +153,7 @@ impl Engine {
                 content: VolumeRebuild {
                     volume: VolumeRef { pool: row.pool, volume: row.id },
                     source: VolumeSource::Empty,
-                    size: row.size,
+                    size: row.stored_size(),
                 },
                 node: inner.node,
                 path: path.clone(),

@@ -91,6 +91,7 @@ impl Engine {
             config.extend(request.copy.config.clone());
             config.retain(|_, v| !v.is_empty());
             let size = check_volume_config(&config, source.content)?;
+            crate::keys::demand_same(at.map_or(&source.config, |s| &s.config), &config)?;
             let now = at.map_or(source.size, |s| s.size);
             if source.content != VolumeContent::Filesystem && size.is_some() && size < now {
                 return Err(Error::invalid("config.size", "a copy cannot be smaller than the original"));
@@ -149,7 +150,7 @@ impl Engine {
                         id: volume.id,
                         pool: volume.pool,
                         content: volume.content,
-                        size: volume.size,
+                        size: volume.stored_size(),
                         source: VolumeSource::Empty,
                     },
                     from: VolumeRef { pool: source.pool, volume: source.id },

@@ -5,6 +5,7 @@ use crate::{
     Engine, EngineInner,
     context::Context,
     db::Tx,
+    keys,
     operations::{LiveOperation, NewOperation},
     saga::{Saga, StepContext, runner},
     tenancy::limits::{Planned, admit},
@@ -12,7 +13,8 @@ use crate::{
 use async_trait::async_trait;
 use karst_agent::VolumeRef;
 use karst_model::{
-    Config, Name, NodeId, Result, VolumeId,
+    Config, Name, NodeId, ProjectId, Result, VolumeId,
+    encryption::{Encryption, SECRET},
     spec::{VolumeSource, VolumeSpec},
     storage::{DEFAULT_BLOCK_SIZE, Volume, VolumeContent, VolumeOwner, check_volume_config},
 };
@@ -48,6 +50,10 @@ impl Engine {
         let inner = self.inner();
         let name = Name::parse("name", &request.name)?;
         check_volume_config(&request.config, request.content)?;
+        if let Some((secret, _)) = Encryption::of(&request.config)? {
+            // Looked up again when it is made; said now, before anything is.
+            inner.passphrase(&[project.id], secret).map_err(|e| e.at(format!("config.{SECRET}")))?;
+        }
         runner::start::<VolumeCreate>(inner, context, |tx| {
             let records = inner.inventory.read();
             let pool = records.pool(pool)?;
@@ -72,7 +78,8 @@ impl Engine {
             let planned = Planned { volume: Some(&volume), ..Default::default() };
             admit(&records, &mut Tx::default(), owner, &planned)?;
             let path = path(&records, &volume);
-            let plan = VolumePlan { volume, node: inner.node, path: path.clone() };
+            let plan =
+                VolumePlan { volume, asked_in: Some(project.id), node: inner.node, path: path.clone() };
             Ok((
                 plan,
                 NewOperation::task("Creating storage volume", Some(project.id), "storage_volumes", path),
@@ -86,6 +93,9 @@ impl Engine {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct VolumePlan {
     volume: Volume,
+    /// The project in which it was asked for, and in which its secret is.
+    #[serde(default)]
+    asked_in: Option<ProjectId>,
     node: NodeId,
     path: String,
 }
@@ -109,14 +119,23 @@ impl Saga for VolumeCreate {
         Ok(())
     }
     async fn run(cx: &StepContext, plan: &VolumePlan, _: &mut (), _: usize) -> Result<()> {
+        let agent = cx.agent(plan.node)?;
+        let source = match plan.volume.encryption() {
+            None => VolumeSource::Empty,
+            Some((secret, encryption)) => {
+                let projects: Vec<_> = plan.asked_in.into_iter().chain([plan.volume.project]).collect();
+                keys::hand_for_volume(cx, &*agent, &projects, secret, plan.volume.id).await?;
+                VolumeSource::Encrypted { encryption }
+            }
+        };
         let spec = VolumeSpec {
             id: plan.volume.id,
             pool: plan.volume.pool,
             content: plan.volume.content,
-            size: plan.volume.size,
-            source: VolumeSource::Empty,
+            size: plan.volume.stored_size(),
+            source,
         };
-        cx.agent(plan.node)?.volume_create(&cx.mutate(Duration::from_secs(600)), spec).await
+        agent.volume_create(&cx.mutate(Duration::from_secs(600)), spec).await
     }
     async fn undo(cx: &StepContext, plan: &VolumePlan, _: &(), _: usize) -> Result<()> {
         let volume = VolumeRef { pool: plan.volume.pool, volume: plan.volume.id };

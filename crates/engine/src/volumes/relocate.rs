@@ -153,7 +153,7 @@ impl Engine {
                         id: volume.id,
                         pool: volume.pool,
                         content: volume.content,
-                        size: volume.size,
+                        size: volume.stored_size(),
                         source: VolumeSource::Empty,
                     },
                     from: VolumeRef { pool: row.pool, volume: row.id },

@@ -67,6 +67,7 @@ impl Engine {
                 .map(|(k, v)| (k.clone(), v.clone()))
                 .collect();
             let size = check_volume_config(&after.config, row.content)?;
+            crate::keys::demand_same(&row.config, &after.config)?;
             after.size = new_size(row, size)?;
             after.spec_version += 1;
             let attached = attached(&records, row);
@@ -299,7 +300,7 @@ pub struct VolumeUpdate;
 impl VolumeUpdate {
     async fn resize(cx: &StepContext, plan: &UpdatePlan, size: ByteSize) -> Result<()> {
         let volume = VolumeRef { pool: plan.after.pool, volume: plan.after.id };
-        let resize = VolumeResize { volume, size };
+        let resize = VolumeResize { volume, size: plan.after.stored(size) };
         cx.agent(plan.node)?.volume_resize(&cx.mutate(Duration::from_secs(120)), resize).await
     }
 }

@@ -340,6 +340,11 @@ fn origin<'a>(records: &'a Records, row: &Row<Instance>, request: &CopyDisk) -> 
     if volume.content != VolumeContent::Block {
         return Err(Error::unsupported("a disc is copied as a volume, not by its guest").at("device"));
     }
+    let io = parsed.disks.iter().find(|(n, _)| *n == device).map(|(_, d)| d.io).unwrap_or(parsed.root.1.io);
+    if crate::keys::is_encrypted(volume, &io) {
+        let text = "an encrypted disk is copied as a volume while its guest does not run: QEMU would write what it decrypted";
+        return Err(Error::unsupported(text).at("device"));
+    }
     let owned = volume.owner != VolumeOwner::Custom;
     if !owned {
         let others = volumes::attached(records, volume);
@@ -527,6 +532,11 @@ pub(crate) fn there(
     }
     if row.content != VolumeContent::Block {
         return Err(Error::invalid("to", format!("volume {:?} is no block volume", row.name)));
+    }
+    if row.encryption().is_some() {
+        let text =
+            format!("volume {:?} is encrypted, and QEMU would write over what it is opened by", row.name);
+        return Err(Error::unsupported(text).at("to"));
     }
     if row.size != disk.size {
         let (has, wanted) = (row.size.unwrap_or_default(), disk.size.unwrap_or_default());
