@@ -40,7 +40,7 @@ pub(super) fn read(call: &Call, text: &str) -> Result<Machine, VirError> {
     if call.opened()?.driver != Driver::Qemu {
         return Err(refuse("domain type", "containers are made of images, not defined by XML"));
     }
-    let machine = xml::machine::read::machine(text)?;
+    let machine = xml::machine::read::machine(&super::encryption::by_uuid(call, text)?)?;
     if machine.kvm && facts(call)?.accelerator.kind != AcceleratorKind::Kvm {
         return Err(refuse("domain type", "'kvm' is not usable on this host; 'qemu' is"));
     }

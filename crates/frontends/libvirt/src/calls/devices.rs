@@ -226,7 +226,7 @@ async fn with_device(
     // The third is force, which changes nothing here.
     call.known_flags(flags, LIVE | CONFIG | 4)?;
     let view = call.guest(&named)?;
-    let e = device(&text)?;
+    let e = device(&super::encryption::by_uuid(&call, &text)?)?;
     if e.name() == shares::ELEMENT {
         filesystems::demand_cold(affects(&view, flags)?)?;
     }

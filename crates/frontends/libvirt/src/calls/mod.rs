@@ -9,6 +9,7 @@ pub mod cpu;
 pub mod define;
 pub mod devices;
 pub mod domain;
+mod encryption;
 pub mod event;
 pub mod figures;
 mod filesystems;

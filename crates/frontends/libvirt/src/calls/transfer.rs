@@ -174,7 +174,7 @@ pub async fn upload(call: Call) -> Answered {
     let (engine, context) = (&session.front.engine, &session.context);
     engine.volume_writable(context, &project, &found.pool, &found.name, (offset, length))?;
     let room = match length {
-        0 => found.volume.size.unwrap_or_default().bytes().saturating_sub(offset),
+        0 => found.volume.stored_size().unwrap_or_default().bytes().saturating_sub(offset),
         length => length,
     };
     let held = engine.volume_upload(context, &project, room)?;

@@ -1,18 +1,19 @@
 //! Making, copying, growing and deleting volumes. A volume that an instance owns is changed by the instance.
 
 use super::{
-    Answered, Named, nothing,
+    Answered, Named, encryption, nothing,
     power::ended,
     storage::{Found, VolumeName, find_uuid, volume, volumes_of},
 };
 use crate::{
     error::{Code, Part, VirError},
     session::Call,
-    xml,
+    xml::{self, storage::NewVolume},
 };
 use karst_engine::volumes::{copy::CopyVolume, create::CreateVolume, update::UpdateVolume};
 use karst_model::{
     Config,
+    encryption::SECRET,
     storage::{Pool, VolumeOwner},
 };
 
@@ -45,24 +46,35 @@ fn demand_free(call: &Call, pool: &Pool, name: &str) -> Result<(), VirError> {
     }
 }
 
+/// What a document says of a new volume, as its keys.
+fn config_of(new: &NewVolume, size: Option<u64>) -> Config {
+    let mut config: Config = size.map(|s| ("size".to_owned(), s.to_string())).into_iter().collect();
+    if let Some((secret, made)) = &new.encryption {
+        config.extend(made.keys());
+        config.insert(SECRET.into(), secret.to_string());
+    }
+    config
+}
+
 /// `STORAGE_VOL_CREATE_XML`: space is taken when it is written, whatever is said of allocation.
 pub async fn create(call: Call) -> Answered {
     let (named, text, flags) = call.arguments(|r| Ok((Named::read(r)?, r.string()?, r.u32()?)))?;
     // With metadata allocated, by reference, checked against the schema.
     call.known_flags(flags, 1 | 2 | 4)?;
     let pool = find_uuid(&call, named.uuid)?;
-    let new = xml::storage::read_volume(&text)?;
+    let new = xml::storage::read_volume(&encryption::by_uuid(&call, &text)?)?;
     let size = new.capacity.ok_or_else(|| failed(Code::XmlError, "missing capacity element"))?;
     demand_free(&call, &pool, &new.name)?;
     let request = CreateVolume {
         name: new.name.clone(),
         content: new.content,
         description: String::new(),
-        config: Config::from([("size".into(), size.to_string())]),
+        config: config_of(&new, Some(size)),
     };
     let session = &call.session;
     let project = &session.opened()?.project;
-    ended(session.front.engine.volume_create(&session.context, project, &pool.name, request).await?).await?;
+    let begun = session.front.engine.volume_create(&session.context, project, &pool.name, request).await;
+    ended(begun.map_err(encryption::refused)?).await?;
     made(&call, &pool, &new.name)
 }
 
@@ -74,7 +86,7 @@ pub async fn create_from(call: Call) -> Answered {
     let pool = find_uuid(&call, named.uuid)?;
     let from = volume(&call, &from)?;
     own(&from)?;
-    let new = xml::storage::read_volume(&text)?;
+    let new = xml::storage::read_volume(&encryption::by_uuid(&call, &text)?)?;
     demand_free(&call, &pool, &new.name)?;
     // A smaller one is made as large as the original, as libvirt does.
     let size = new.capacity.filter(|c| from.volume.size.is_none_or(|s| *c > s.bytes()));
@@ -90,7 +102,7 @@ pub async fn create_from(call: Call) -> Answered {
             name: new.name.clone(),
             content: from.volume.content,
             description: String::new(),
-            config: size.map(|s| ("size".to_owned(), s.to_string())).into_iter().collect(),
+            config: config_of(&new, size),
         },
     };
     let session = &call.session;

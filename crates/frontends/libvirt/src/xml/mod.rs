@@ -4,6 +4,7 @@ pub mod backup;
 pub mod capabilities;
 pub mod checkpoint;
 pub mod domain;
+pub mod encryption;
 pub mod machine;
 pub mod network;
 pub mod nodedev;

@@ -1,8 +1,14 @@
 //! Pools and volumes as XML.
 
-use super::Element;
+use super::{
+    Element,
+    encryption::{self, SecretName},
+};
 use crate::error::{Code, Part, VirError};
-use karst_model::storage::{Pool, PoolKind, Usage, Volume, VolumeContent};
+use karst_model::{
+    encryption::Encryption,
+    storage::{Pool, PoolKind, Usage, Volume, VolumeContent},
+};
 use uuid::Uuid;
 
 fn bytes(name: &'static str, n: u64) -> Element {
@@ -53,7 +59,8 @@ pub fn volume(volume: &Volume, name: &str, path: &str, capacity: u64, allocation
         .child(
             Element::new("target")
                 .child(Element::text("path", path))
-                .child(Element::new("format").with("type", format)),
+                .child(Element::new("format").with("type", format))
+                .children(volume.encryption().map(encryption::shown)),
         )
         .document()
 }
@@ -112,6 +119,8 @@ pub struct NewVolume {
     pub capacity: Option<u64>,
     /// What it holds.
     pub content: VolumeContent,
+    /// How it is encrypted.
+    pub encryption: Option<(SecretName, Encryption)>,
 }
 
 fn refuse(what: &str, why: impl std::fmt::Display) -> VirError {
@@ -139,9 +148,7 @@ pub fn read_volume(text: &str) -> Result<NewVolume, VirError> {
         return Err(wrong(format!("unexpected root element <{}>, expecting <volume>", root.name())));
     }
     let target = root.find("target");
-    if target.is_some_and(|t| t.find("encryption").is_some()) {
-        return Err(refuse("encryption", "volumes are not encrypted"));
-    }
+    let encryption = target.map(encryption::of_volume).transpose()?.flatten();
     if root.find("backingStore").is_some_and(|b| !b.elements().is_empty()) {
         return Err(refuse(
             "backingStore",
@@ -150,6 +157,8 @@ pub fn read_volume(text: &str) -> Result<NewVolume, VirError> {
     }
     let format = target.and_then(|t| t.find("format")).and_then(|f| f.attribute("type"));
     let name = name_of(&root)?;
+    // An older word for what is encrypted.
+    let format = format.filter(|format| encryption.is_none() || *format != "luks");
     let content = match format.or(root.attribute("type")) {
         None | Some("raw" | "file") if is_disc(&name) => VolumeContent::Iso,
         None | Some("raw" | "qcow2" | "file" | "block") => VolumeContent::Block,
@@ -163,7 +172,10 @@ pub fn read_volume(text: &str) -> Result<NewVolume, VirError> {
     // A disk has whole sectors, also one for a file that has not: libvirt rounds the same way.
     let sectors = |n: u64| n.checked_next_multiple_of(SECTOR).unwrap_or(n);
     let capacity = if content == VolumeContent::Block { capacity.map(sectors) } else { capacity };
-    Ok(NewVolume { name, capacity, content })
+    if encryption.is_some() && content != VolumeContent::Block {
+        return Err(refuse("encryption", "disks are encrypted; discs and directories are not"));
+    }
+    Ok(NewVolume { name, capacity, content, encryption })
 }
 
 fn is_disc(name: &str) -> bool {
@@ -276,7 +288,12 @@ mod tests {
     fn volumes_are_read() {
         let read = |inner: &str| read_volume(&format!("<volume>{inner}</volume>"));
         let whole = "<name>v</name><capacity unit='GiB'>2</capacity><target><format type='qcow2'/></target>";
-        let volume = NewVolume { name: "v".into(), capacity: Some(2 << 30), content: VolumeContent::Block };
+        let volume = NewVolume {
+            name: "v".into(),
+            capacity: Some(2 << 30),
+            content: VolumeContent::Block,
+            encryption: None,
+        };
         assert_eq!(read(whole), Ok(volume.clone()));
         // What virt-install asks of a disk.
         let odd = read("<name>k</name><capacity>8247233</capacity>").unwrap();
@@ -297,7 +314,12 @@ mod tests {
             ("<capacity>1</capacity>", Code::XmlError, "name"),
             ("<name>v</name><capacity>x</capacity>", Code::XmlError, "capacity"),
             ("<name>v</name><capacity unit='EB'>99</capacity>", Code::XmlError, "EB"),
-            ("<name>v</name><target><encryption/></target>", Code::ConfigUnsupported, "encryption"),
+            ("<name>v</name><target><encryption/></target>", Code::XmlError, "encryption"),
+            (
+                "<name>v</name><target><format type='dir'/><encryption format='luks'><secret type='passphrase' usage='a'/></encryption></target>",
+                Code::ConfigUnsupported,
+                "disks are encrypted",
+            ),
             (
                 "<name>v</name><backingStore><path>/x</path></backingStore>",
                 Code::ConfigUnsupported,

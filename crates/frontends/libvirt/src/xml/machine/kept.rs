@@ -497,7 +497,8 @@ const DISK: &[Row] = &[
         "logical_block_size and physical_block_size are there",
     ),
     ("auth", Never, "volumes are the host's"),
-    ("encryption", Never, "is not there for disks"),
+    // What is in it is looked at by `encryption`.
+    ("encryption", Kept, ""),
     ("reservations", Never, "is not there for disks"),
     ("slices", Never, "is not there for disks"),
     ("ssl", Never, "is not there for disks"),

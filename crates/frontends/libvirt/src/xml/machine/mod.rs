@@ -22,7 +22,7 @@ pub mod spec;
 pub mod tuning;
 pub mod write;
 
-use super::Element;
+use super::{Element, encryption::SecretName};
 use crate::error::{Code, Part, VirError};
 use karst_model::{
     board::Board,
@@ -179,6 +179,8 @@ pub struct Disk {
     pub alias: Option<String>,
     /// PCI address.
     pub pci: Option<String>,
+    /// What opens it, where it is encrypted.
+    pub secret: Option<SecretName>,
 }
 
 /// What a disk shows.

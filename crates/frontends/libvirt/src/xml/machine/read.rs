@@ -8,6 +8,7 @@ use super::{
 };
 use crate::{
     error::VirError,
+    xml::{Element, domain::ranges, encryption, is_name, is_prefix, nwfilter},
     xml::{Element, is_name, is_prefix, nwfilter},
 };
 use karst_model::{
@@ -483,7 +484,7 @@ pub(super) fn alias(e: &Element) -> Result<Option<String>, VirError> {
 pub fn source(disk: &Element) -> Result<Option<Source>, VirError> {
     let kind = disk.attribute("type").unwrap_or("file");
     let Some(source) = disk.find("source") else { return Ok(None) };
-    for element in ["encryption", "reservations", "slices", "ssl", "cookies"] {
+    for element in ["reservations", "slices", "ssl", "cookies"] {
         if source.find(element).is_some() || disk.find(element).is_some() {
             return Err(refuse(element, "is not there for disks"));
         }
@@ -645,6 +646,12 @@ fn disk(e: &Element, order: &Order) -> Result<Option<Disk>, VirError> {
         }
         _ => DriveFormat::Raw,
     };
+    let secret = encryption::of_disk(e)?.filter(|_| source.is_some());
+    if secret.is_some() && format != DriveFormat::Raw {
+        let text =
+            "an encrypted disk is a container of LUKS, whose type is raw; LUKS within qcow2 is not there";
+        return Err(refuse("driver type", text));
+    }
     let thread = driver.map(|d| tuning::thread_of(d, "driver iothread")).transpose()?.flatten();
     if thread.is_some() && bus != DiskBus::VirtioBlk {
         let text =
@@ -672,6 +679,7 @@ fn disk(e: &Element, order: &Order) -> Result<Option<Disk>, VirError> {
         }),
         alias: alias(e)?,
         pci,
+        secret,
     }))
 }
 

@@ -16,6 +16,7 @@ use karst_model::{
         DISK_BUSES, DISK_CACHES, DRIVE_FORMATS, Devices, DiskRate, DriveFormat, NIC_MODELS, NicModel, Rates,
         is_disc_name,
     },
+    encryption::SECRET,
     instance::{DeviceIdentity, Firmware},
     keys_machine::SPICE,
 };
@@ -109,6 +110,7 @@ fn disk(keys: &mut Keys, disk: &Disk, root: bool) {
     set(keys, "io.cache", DISK_CACHES.iter().find(|(_, c)| Some(*c) == disk.cache).map(|(n, _)| n));
     set(keys, "io.thread", disk.thread);
     set(keys, "io.options", disk.options.text());
+    set(keys, SECRET, disk.secret.as_ref());
     for (key, value) in rates(&disk.rates) {
         set(keys, key, value);
     }

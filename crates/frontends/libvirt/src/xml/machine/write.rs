@@ -11,7 +11,7 @@ use super::{
 use crate::{
     calls::domain::{METADATA, OPAQUE, TITLE},
     error::VirError,
-    xml::{Element, is_prefix, nwfilter},
+    xml::{Element, encryption, is_prefix, nwfilter},
 };
 use karst_engine::{
     InstanceView,
@@ -150,6 +150,7 @@ const DISK: &[&str] = &[
     "wwn",
     "vendor",
     "product",
+    "encryption",
     "boot",
     "alias",
     "address",
@@ -680,12 +681,19 @@ fn disk(
         Some(kept) => {
             e.set("type", kept.attribute("type").unwrap_or("file"));
             e.push_some(kept.find("source").cloned());
+            if let Some(source) = e.elements_mut().iter_mut().find(|inner| inner.name() == "source") {
+                // Shown as it is now.
+                source.elements_mut().retain(|inner| inner.name() != encryption::NAME);
+            }
         }
         None if source.is_some() => {
             let with = |e: Element, (n, v): &(&str, &str)| e.with((*n).to_owned(), v);
             e.push(attributes.iter().fold(Element::new("source"), with));
         }
         None => {}
+    }
+    if let Some(secret) = io.secret.filter(|_| source.is_some()) {
+        encryption::show(&mut e, kept, secret);
     }
     e.push(Element::new("target").with("dev", dev).with("bus", bus_name));
     if readonly {
@@ -725,7 +733,8 @@ fn disk(
     }
     e.push_some(iotune::shown(&io.rates.unwrap_or_else(|| Rates::of(&io.limits))));
     let kept = options::disk_now(kept, &io.options, bus, cdrom);
-    merge(&mut e, &kept, &["source", "target", "iotune", "readonly", "boot", "alias", "address"], DISK);
+    let typed = ["source", "target", "iotune", "readonly", encryption::NAME, "boot", "alias", "address"];
+    merge(&mut e, &kept, &typed, DISK);
     e
 }
 
