@@ -10,6 +10,7 @@ mod commits;
 mod disk_copies;
 mod disk_full;
 mod displays;
+mod encryption;
 mod full_copies;
 mod generations;
 mod halted;
