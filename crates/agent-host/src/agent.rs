@@ -521,7 +521,12 @@ impl RealAgent {
         if volume.content != wanted {
             return Err(Error::invalid("root", format!("a {} cannot run from this volume", spec.kind)));
         }
-        let networks: BTreeMap<NetworkId, String> = self.networks.list().await?.into_iter().collect();
+        let mut networks: BTreeMap<NetworkId, String> = self.networks.list().await?.into_iter().collect();
+        // Who runs keeps its place on a network that was stopped meanwhile.
+        if let Some(record) = self.guest(spec.instance).filter(|r| r.generation == spec.generation) {
+            let stopped = self.networks.detached().await?;
+            networks.extend(stopped.into_iter().filter(|(id, _)| record.networks.contains(id)));
+        }
         self.check_nics(spec, &networks).await?;
         let root = spec.root.volume;
         let other = self.all_guests().into_iter().filter(|(id, r)| *id != spec.instance && r.root == root);

@@ -541,6 +541,10 @@ calls! {
         me.networks.ensure(&spec).await
     }
     mutate network_remove(me, network: NetworkId) -> () { me.remove_network(network).await }
+    mutate network_stop(me, network: NetworkId) -> () {
+        let _lock = me.lock(network.0).await;
+        me.networks.stop(network).await
+    }
     read network_leases(me, network: NetworkId) -> Vec<Lease> { me.networks.leases(network).await }
     read acl_log(me, r: AclLogRead) -> Vec<u8> { me.networks.acl_log(r.acl, r.max.min(ACL_LOG_BYTES) as usize).await }
     mutate acl_log_remove(me, acl: AclId) -> () { me.networks.acl_log_remove(acl).await }

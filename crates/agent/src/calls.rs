@@ -274,6 +274,8 @@ agent_calls! {
     mutate fn network_ensure(NetworkEnsure: NetworkSpec) -> ();
     /// Removes a network.
     mutate fn network_remove(NetworkRemove: NetworkId) -> ();
+    /// Removes a network though guests that run are on it: their interfaces stay, down and in no bridge, until it is made again.
+    mutate fn network_stop(NetworkStop: NetworkId) -> ();
     /// DHCP leases and static assignments.
     read fn network_leases(NetworkLeases: NetworkId) -> Vec<Lease>;
     /// What the rules of a network ACL logged on this host, one entry of JSON a line; empty of one that logged nothing.

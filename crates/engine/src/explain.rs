@@ -40,6 +40,9 @@ impl Engine {
                 }
             }
             let specs = records.networks.iter().filter_map(|(id, network)| {
+                if !network.is_active() {
+                    return None;
+                }
                 let mut spec = self.inner().network_spec(&records, *id).ok()?;
                 spec.bridge = network.name.to_string();
                 if !records.sees_network(&project, network) {

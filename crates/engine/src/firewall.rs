@@ -278,7 +278,8 @@ impl EngineInner {
     async fn push_rules(&self, concerns: impl Fn(&NetworkSpec) -> bool) {
         let ids: Vec<NetworkId> = {
             let records = self.inventory.read();
-            let specs = records.networks.keys().filter_map(|id| self.network_spec(&records, *id).ok());
+            let active = records.networks.values().filter(|n| n.is_active());
+            let specs = active.filter_map(|n| self.network_spec(&records, n.id).ok());
             specs.filter(|s| concerns(s)).map(|s| s.id).collect()
         };
         for id in ids {

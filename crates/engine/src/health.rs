@@ -3,7 +3,7 @@
 use crate::{Engine, context::Context, saga::Phase};
 use karst_agent::CallContext;
 pub use karst_agent::resources;
-use karst_model::{Result, access::Permission, node::HostFacts};
+use karst_model::{Result, access::Permission, network::Network, node::HostFacts, uplink::NetworkKind};
 use serde::Serialize;
 use std::{collections::BTreeSet, fmt::Display, time::Duration};
 
@@ -54,7 +54,9 @@ impl Engine {
         if health.sagas.is_empty() {
             compare("volume", &on_hosts.volumes, records.volumes.keys(), &mut health.leaks);
             compare("image", &on_hosts.images, records.images.keys(), &mut health.leaks);
-            compare("network", &on_hosts.networks, records.networks.keys(), &mut health.leaks);
+            let made = |n: &Network| n.kind == NetworkKind::Bridge && n.is_active();
+            let networks = records.networks.iter().filter(|(_, n)| made(n)).map(|(id, _)| id);
+            compare("network", &on_hosts.networks, networks, &mut health.leaks);
             for guest in on_hosts.guests.iter().filter(|g| !records.instances.contains_key(g)) {
                 health.leaks.push(format!("guest {guest} is on a host and not recorded"));
             }

@@ -1,5 +1,6 @@
 //! Managed networks: the use cases, and what hosts get of them.
 
+pub mod life;
 pub(crate) mod own;
 
 use self::own::Place;
@@ -9,7 +10,6 @@ use crate::{
     context::Context,
     db::Tx,
     events::Subject,
-    explain::unname_guests,
     firewall::{self, Rules},
     operations::{LiveOperation, NewOperation},
     saga::{Saga, StepContext, runner},
@@ -27,6 +27,7 @@ use karst_model::{
     firewall::Policy,
     instance::Instance,
     network::{BridgeSpec, Lease, Network},
+    network_life::NetworkBeginning,
     spec::{NetworkHost, NetworkSpec},
     uplink::{NetworkForm, NetworkKind, UplinkSpec},
 };
@@ -63,6 +64,8 @@ pub struct CreateNetwork {
     pub config: Config,
     /// Another name will do when this one is taken on the host.
     pub any_name: bool,
+    /// How it begins.
+    pub beginning: NetworkBeginning,
 }
 
 impl CreateNetwork {
@@ -110,6 +113,10 @@ impl EngineInner {
                 let records = self.inventory.read();
                 let network =
                     records.networks.get(id).ok_or_else(|| Error::not_found("the network is gone"))?;
+                // Who comes onto it was refused; who was on it when it was stopped is told to it when it starts.
+                if !network.is_active() {
+                    continue;
+                }
                 let hosts = self.demand_own_addresses(&records, network, from, instances)?;
                 self.network_spec_of(&records, network, hosts)?
             };
@@ -147,7 +154,8 @@ impl EngineInner {
         })
     }
 
-    /// Brings networks on a host up to date, in a saga's step.
+    /// Brings networks on a host up to date, in a saga's step. One that was stopped meanwhile stays so, and the host refuses who
+    /// would start on it.
     pub(crate) async fn ensure_networks(
         &self,
         cx: &StepContext,
@@ -160,7 +168,7 @@ impl EngineInner {
         Ok(())
     }
 
-    /// Brings a network on a host up to date.
+    /// Brings a network on a host up to date, where it is to be there.
     pub(crate) async fn ensure_network(
         &self,
         node: NodeId,
@@ -168,7 +176,13 @@ impl EngineInner {
         context: &CallContext,
     ) -> Result<()> {
         let _ordered = self.network_order(id).await;
-        let spec = self.network_spec(&self.inventory.read(), id)?;
+        let spec = {
+            let records = self.inventory.read();
+            if records.networks.get(&id).is_some_and(|n| !n.is_active()) {
+                return Ok(());
+            }
+            self.network_spec(&records, id)?
+        };
         self.agents.get(node)?.network_ensure(context, spec).await
     }
 
@@ -183,13 +197,18 @@ impl EngineInner {
         let _ordered = self.network_order(id).await;
         let spec = {
             let records = self.inventory.read();
-            let there = records.networks.get(&id).is_some_and(|n| n.kind == NetworkKind::Bridge);
-            if records.lock(&lock(id)).is_some() || !there {
-                return Ok(());
+            let there = records.networks.get(&id).filter(|n| n.kind == NetworkKind::Bridge);
+            let Some(network) = there.filter(|_| records.lock(&lock(id)).is_none()) else { return Ok(()) };
+            match network.is_active() {
+                true => Some(self.network_spec(&records, id)?),
+                false => None,
             }
-            self.network_spec(&records, id)?
         };
-        self.agents.get(node)?.network_ensure(context, spec).await
+        let agent = self.agents.get(node)?;
+        match spec {
+            Some(spec) => agent.network_ensure(context, spec).await,
+            None => agent.network_stop(context, id).await,
+        }
     }
 
     /// The host has the interface and grants it.
@@ -276,7 +295,7 @@ impl Engine {
     /// Not found, forbidden, unavailable.
     pub async fn network_leases(&self, context: &Context, project: &str, name: &str) -> Result<Vec<Lease>> {
         let network = self.network(context, project, name)?;
-        if network.kind != NetworkKind::Bridge {
+        if network.kind != NetworkKind::Bridge || !network.is_active() {
             return Ok(vec![]);
         }
         let agent = self.inner().agents.get(self.inner().node)?;
@@ -305,6 +324,9 @@ impl Engine {
     pub async fn network_state(&self, context: &Context, project: &str, name: &str) -> Result<NetworkState> {
         let network = self.network(context, project, name)?;
         let agent = self.inner().agents.get(self.inner().node)?;
+        if network.kind == NetworkKind::Bridge && !network.is_active() {
+            return Ok(NetworkState::default());
+        }
         if let NetworkForm::Uplink(uplink) = network.form()? {
             let name = uplink.link.parent;
             return agent.link_state(&CallContext::read(Duration::from_secs(10)), name).await;
@@ -387,6 +409,7 @@ impl Engine {
                 interface: interface.clone(),
                 description: request.description.clone(),
                 config: config.clone(),
+                life: request.beginning.life(),
                 spec_version: 1,
             };
             demand_free(&records, &network, &name)?;
@@ -439,37 +462,13 @@ impl Engine {
             }
             let mut network = row.value.clone();
             network.description = request.description.clone();
-            network.config = request
-                .config
-                .iter()
-                .filter(|(_, v)| !v.is_empty())
-                .map(|(k, v)| (k.clone(), v.clone()))
-                .collect();
+            network.reconfigure(life::said(&request.config));
             network.spec_version += 1;
-            let spec = match network.form()? {
-                NetworkForm::Bridge(spec) => *spec,
-                // NICs that run keep what they were started with.
-                NetworkForm::Uplink(_) => BridgeSpec::default(),
-            };
-            demand_free_subnet(&records, project.id, &spec, Some(row.id))?;
-            firewall::check_policy(&records, tx, project.id, spec.policy.as_ref(), "config.security.acls")?;
-            if network.kind == NetworkKind::Bridge {
-                let mut now = inner.network_spec(&records, row.id)?;
-                unname_guests(&records, context, now.hosts.iter_mut());
-                demand_fitting(&now, &spec)?;
-            }
-            for forward in records.forwards.values().filter(|f| f.network == row.id) {
-                forward.parse(&spec).map_err(|e| {
-                    Error::conflict(format!(
-                        "the forward of {} would not fit: {}",
-                        forward.listen_address, e.message
-                    ))
-                })?;
-            }
+            inner.demand_sound(&records, tx, context, row, &network)?;
             tx.expect(row);
             let path = records.path_in("networks", name, project.id);
             let new = NewOperation::task("Updating network", Some(project.id), "networks", path.clone());
-            Ok((NetworkUpdatePlan { before: row.value.clone(), after: network, node: inner.node, path }, new))
+            Ok((NetworkUpdatePlan::new(row, network, inner.node, path), new))
         })
         .await
     }
@@ -512,11 +511,10 @@ impl Engine {
                 after.interface = Some(row.interface.clone().unwrap_or_else(|| row.name.clone()));
             }
             after.form()?;
+            after.defined()?;
             tx.expect(&row);
             let new = NewOperation::task("Renaming network", Some(project.id), "networks", paths.0);
-            let plan =
-                NetworkUpdatePlan { before: row.value.clone(), after, node: inner.node, path: paths.1 };
-            Ok((plan, new))
+            Ok((NetworkUpdatePlan::new(&row, after, inner.node, paths.1), new))
         })
         .await
     }
@@ -613,15 +611,23 @@ fn demand_free_subnet(
     for (key, subnet) in families {
         let Some(ours) = subnet(spec) else { continue };
         for other in records.networks.values().filter(|n| Some(n.id) != except) {
-            let Some(theirs) = other.bridge().ok().and_then(|other| subnet(&other)) else { continue };
-            if theirs.contains(&ours.network()) || ours.contains(&theirs.network()) {
-                let which = match other.project == project {
-                    true => format!("network {:?}", &*other.name),
-                    false => "a network of another project".to_owned(),
-                };
-                return Err(
-                    Error::conflict(format!("the subnet {} overlaps with {which}", ours.trunc())).at(key)
-                );
+            let of = |form: Result<NetworkForm>| match form {
+                Ok(NetworkForm::Bridge(spec)) => subnet(&spec),
+                _ => None,
+            };
+            let both = [of(other.form()), other.life.running.as_ref().and_then(|_| of(other.defined()))];
+            for theirs in both.into_iter().flatten() {
+                if theirs.contains(&ours.network()) || ours.contains(&theirs.network()) {
+                    let which = match other.project == project {
+                        true => format!("network {:?}", &*other.name),
+                        false => "a network of another project".to_owned(),
+                    };
+                    return Err(Error::conflict(format!(
+                        "the subnet {} overlaps with {which}",
+                        ours.trunc()
+                    ))
+                    .at(key));
+                }
             }
         }
     }
@@ -689,6 +695,9 @@ impl Saga for NetworkCreate {
         if plan.network.kind != NetworkKind::Bridge {
             return granted(cx, &plan.network).await;
         }
+        if !plan.network.is_active() {
+            return Ok(());
+        }
         cx.agent(plan.node)?.network_ensure(&cx.mutate(CALL), bare_spec(&cx.engine, &plan.network)?).await
     }
     async fn undo(cx: &StepContext, plan: &NetworkPlan, _: &(), _: usize) -> Result<()> {
@@ -737,7 +746,7 @@ impl Saga for NetworkDelete {
         cx.agent(plan.node)?.network_remove(&cx.mutate(CALL), plan.network.id).await
     }
     async fn undo(cx: &StepContext, plan: &NetworkPlan, _: &(), _: usize) -> Result<()> {
-        if plan.network.kind != NetworkKind::Bridge {
+        if plan.network.kind != NetworkKind::Bridge || !plan.network.is_active() {
             return Ok(());
         }
         let _ordered = cx.engine.network_order(plan.network.id).await;
@@ -773,6 +782,15 @@ pub struct NetworkUpdatePlan {
     /// In the API, as it is to be.
     #[serde(default)]
     path: String,
+    /// Its definition was given anew.
+    #[serde(default)]
+    defined: bool,
+}
+
+impl NetworkUpdatePlan {
+    fn new(before: &Network, after: Network, node: NodeId, path: String) -> Self {
+        Self { before: before.clone(), after, node, path, defined: false }
+    }
 }
 
 /// Reconfigures the network on the host, then writes the record.
@@ -797,19 +815,18 @@ impl Saga for NetworkUpdate {
     }
     async fn run(cx: &StepContext, plan: &NetworkUpdatePlan, _: &mut (), _: usize) -> Result<()> {
         if plan.after.kind != NetworkKind::Bridge {
-            return granted(cx, &plan.after).await;
+            return match plan.after.is_active() {
+                true => granted(cx, &plan.after).await,
+                false => Ok(()),
+            };
         }
-        let _ordered = cx.engine.network_order(plan.after.id).await;
-        let spec = with_hosts(cx, &plan.after)?;
-        cx.agent(plan.node)?.network_ensure(&cx.mutate(CALL), spec).await
+        life::put(cx, plan.node, &plan.after).await
     }
     async fn undo(cx: &StepContext, plan: &NetworkUpdatePlan, _: &(), _: usize) -> Result<()> {
         if plan.before.kind != NetworkKind::Bridge {
             return Ok(());
         }
-        let _ordered = cx.engine.network_order(plan.before.id).await;
-        let spec = with_hosts(cx, &plan.before)?;
-        cx.agent(plan.node)?.network_ensure(&cx.mutate(CALL), spec).await
+        life::put(cx, plan.node, &plan.before).await
     }
     fn commit(plan: &NetworkUpdatePlan, _: &(), engine: &EngineInner, tx: &mut Tx) -> Result<()> {
         let records = engine.inventory.read();
@@ -830,13 +847,6 @@ impl Saga for NetworkUpdate {
         Ok(())
     }
     fn announce(plan: &NetworkUpdatePlan) -> Vec<(&'static str, String)> {
-        let what = if plan.before.name == plan.after.name { "network-updated" } else { "network-renamed" };
-        vec![(what, plan.path.clone())]
+        vec![(life::told(&plan.before, &plan.after, plan.defined), plan.path.clone())]
     }
-}
-
-fn with_hosts(cx: &StepContext, network: &Network) -> Result<NetworkSpec> {
-    let records = cx.engine.inventory.read();
-    let hosts = cx.engine.network_spec(&records, network.id)?.hosts;
-    cx.engine.network_spec_of(&records, network, hosts)
 }

@@ -12,14 +12,16 @@ use crate::{
 use karst_agent::{AgentEvent, CallContext, HostAgent};
 use karst_env::{EnvExt, TaskHandle};
 use karst_model::{
-    InstanceId, NodeId, Result,
+    InstanceId, NetworkId, NodeId, Result,
     guest::{Observed, ThresholdReached},
     instance::{DesiredPower, ExitReason, Lifecycle, RuntimeState},
     keys,
+    network::Network,
     news::MachineNews,
     node::{Node, Starting},
     operation::OperationState,
     spec::NetworkSpec,
+    uplink::NetworkKind,
 };
 use karst_store::Revision;
 use serde_json::json;
@@ -223,13 +225,13 @@ async fn sync_once(
     if first && node == inner.node {
         crate::uploads::drop_stale(inner, agent).await;
     }
-    if first || rebooted {
-        ensure_all_networks(inner, node).await;
-    }
     if rebooted && restart.boot_id != facts.boot_id {
         let left = fix_left(inner, node, &facts.boot_id, &start_again).await?;
         start_again.retain(|(id, _)| left.contains(id));
         *restart = HostRestart { boot_id: facts.boot_id.clone(), ..HostRestart::default() };
+    }
+    if first || rebooted {
+        ensure_all_networks(inner, node).await;
     }
     let why = if rebooted { "after the host's restart" } else { "with the platform" };
     restart.starts.look(start_again, facts.cpus, why);
@@ -246,8 +248,8 @@ async fn sync_once(
     Ok(if unsure { SOON } else { starts })
 }
 
-/// Records who starts with this boot of the host, before the first does. Answers who is left when it was recorded already, by a
-/// daemon that has died since.
+/// Records who starts with this boot of the host, before the first does, and which networks do. Answers who is left when it was
+/// recorded already, by a daemon that has died since.
 async fn fix_left(
     inner: &Arc<EngineInner>,
     node: NodeId,
@@ -263,6 +265,15 @@ async fn fix_left(
             }
             let starting = Starting { boot_id: boot_id.to_owned(), left: left.clone() };
             tx.replace(row, &Node { starting: Some(starting), ..row.value.clone() });
+            // One at which a saga is at work becomes what that says.
+            for network in records.networks.values().filter(|_| node == inner.node) {
+                let target = crate::network::lock(network.id);
+                if let Some(after) = network.after_a_host_start().filter(|_| records.lock(&target).is_none())
+                {
+                    tx.expect_unlocked(&target);
+                    tx.replace(network, &after);
+                }
+            }
             Ok(left)
         })
         .await
@@ -476,19 +487,24 @@ async fn ensure_all_networks(inner: &Arc<EngineInner>, node: NodeId) {
 
 /// Keeps DHCP, DNS and the firewall of every network in step with the instances on it.
 async fn networks(weak: Weak<EngineInner>) {
-    let mut done: HashMap<karst_model::NetworkId, NetworkSpec> = HashMap::new();
+    let mut done: HashMap<NetworkId, NetworkSpec> = HashMap::new();
+    let mut down: BTreeSet<NetworkId> = BTreeSet::new();
     let Some(mut changes) = weak.upgrade().map(|i| i.inventory.changes()) else {
         return;
     };
     loop {
         let Some(inner) = weak.upgrade() else { return };
-        let specs: Vec<NetworkSpec> = {
+        let (specs, stopped) = {
             let records = inner.inventory.read();
-            let idle =
-                records.networks.keys().filter(|id| records.lock(&crate::network::lock(**id)).is_none());
-            idle.filter_map(|id| inner.network_spec(&records, *id).ok()).collect()
+            let idle = |n: &&crate::Row<Network>| records.lock(&crate::network::lock(n.id)).is_none();
+            let (active, stopped): (Vec<_>, Vec<_>) =
+                records.networks.values().filter(idle).partition(|n| n.is_active());
+            let specs = active.iter().filter_map(|n| inner.network_spec(&records, n.id).ok());
+            let bridges = stopped.iter().filter(|n| n.kind == NetworkKind::Bridge).map(|n| n.id);
+            (specs.collect::<Vec<NetworkSpec>>(), bridges.collect::<BTreeSet<NetworkId>>())
         };
         done.retain(|id, _| specs.iter().any(|s| s.id == *id));
+        down.retain(|id| stopped.contains(id));
         let mut behind = false;
         for spec in specs {
             if done.get(&spec.id) == Some(&spec) {
@@ -503,6 +519,19 @@ async fn networks(weak: Weak<EngineInner>) {
                 }
             }
         }
+        for id in stopped {
+            let context = inner.reconcile_context(Duration::from_secs(60));
+            if down.contains(&id) {
+                continue;
+            }
+            match inner.reconcile_network(inner.node, id, &context).await {
+                Ok(()) => drop(down.insert(id)),
+                Err(e) => {
+                    behind = true;
+                    tracing::warn!(network = %id, error = %e, "a network is not stopped yet; trying again");
+                }
+            }
+        }
         let env = inner.env.clone();
         drop(inner);
         // A burst of changes is one change.
@@ -513,7 +542,10 @@ async fn networks(weak: Weak<EngineInner>) {
             Ok(Err(_)) => return,
             Err(_) if behind => {}
             // Somebody may have tampered with what the host has: look again.
-            Err(_) => done.clear(),
+            Err(_) => {
+                done.clear();
+                down.clear();
+            }
         }
     }
 }
@@ -562,6 +594,7 @@ async fn tidy(inner: &Arc<EngineInner>) -> Result<()> {
             tracing::warn!(instance = %name, error = %e, "an ephemeral instance could not be deleted");
         }
     }
+    engine.forget_transient_networks().await;
     let mut tx = Tx::default();
     {
         let records = inner.inventory.read();

@@ -91,6 +91,7 @@ const COMMANDS: &[(&str, &str)] = &[
     ("DELETE /1.0/karst/instances/{name}/vnc", "display unset-password v1"),
     ("PUT /1.0/karst/instances/{name}/vnc", "display set-password v1"),
     ("POST /1.0/karst/libvirt/clients", "trust add-libvirt laptop pki"),
+    ("PUT /1.0/karst/networks/{name}", "network start n1"),
     ("DELETE /1.0/karst/registries/{host}", "image registry remove docker.io"),
     ("PUT /1.0/karst/registries/{host}", "image registry add docker.io --user me"),
     ("POST /1.0/karst/tokens", "token create robot --role viewer"),

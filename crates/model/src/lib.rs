@@ -34,6 +34,7 @@ pub mod maximum;
 pub mod memory;
 pub mod name;
 pub mod network;
+pub mod network_life;
 pub mod news;
 pub mod node;
 pub mod oci;

@@ -6,6 +6,7 @@ use crate::{
     error::nearest,
     firewall::{self, Policy},
     keys::parse_bool,
+    network_life::NetworkLife,
 };
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use serde::{Deserialize, Serialize};
@@ -35,6 +36,9 @@ pub struct Network {
     /// As written (`ipv4.address`, `ipv4.nat`, `dns.domain`, …), `auto` already replaced by the value chosen.
     #[serde(default)]
     pub config: Config,
+    /// Whether it is there, and begins with its host.
+    #[serde(default, skip_serializing_if = "NetworkLife::is_usual")]
+    pub life: NetworkLife,
     /// Grows with each change.
     pub spec_version: u64,
 }

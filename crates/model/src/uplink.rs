@@ -131,12 +131,12 @@ impl NetworkForm {
 }
 
 impl Network {
-    /// Its configuration, parsed.
+    /// The configuration that it runs by, parsed.
     ///
     /// # Errors
     /// Those of [`NetworkForm::parse`].
     pub fn form(&self) -> Result<NetworkForm> {
-        NetworkForm::parse(self.kind, self.interface(), &self.config)
+        NetworkForm::parse(self.kind, self.interface(), self.running_config())
     }
 
     /// The interface that a bridge is on the host.

@@ -238,7 +238,8 @@ pub async fn faults(engine: &Engine, store: &dyn Store, agents: &[&SimulatedAgen
     compare("volume", &check.volumes, records.volumes.keys().copied(), &mut faults);
     compare("backup", &check.backups, records.backups.keys().copied(), &mut faults);
     compare("image", &check.images, records.images.keys().copied(), &mut faults);
-    let bridges = records.networks.values().filter(|n| n.kind == NetworkKind::Bridge).map(|n| n.id);
+    let bridges =
+        records.networks.values().filter(|n| n.kind == NetworkKind::Bridge && n.is_active()).map(|n| n.id);
     compare("network", &check.networks, bridges, &mut faults);
     let taken = records.snapshots.values().flat_map(|s| s.volumes.iter().copied());
     let taken = taken.chain(records.volume_snapshots.values().map(|s| (s.volume, s.id)));

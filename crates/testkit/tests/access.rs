@@ -24,7 +24,7 @@ use karst_engine::{
     },
     firewall::{UpdateAcl, UpdateAddressSet, UpdateForward},
     images::{ImageOptions, UpdateImage, publish::PublishImage, push::PushImage, remote::FetchImage},
-    network::{CreateNetwork, UpdateNetwork},
+    network::{CreateNetwork, UpdateNetwork, life::NetworkSides},
     recover::RecoverPool,
     secrets::{DefineSecret, SecretKey, SecretValue},
     snapshots::{Origin, change::UpdateSnapshot, create::CreateSnapshot},
@@ -237,6 +237,19 @@ fn data(project: &str) -> karst_engine::volumes::files::VolumeAt<'_> {
 fn link(path: &str) -> FileWrite {
     let (kind, target) = (FileKind::Symlink, Some("y".into()));
     FileWrite { path: path.into(), kind, uid: None, gid: None, mode: None, append: false, target }
+}
+
+/// `net1` is stopped.
+async fn off(w: &World) -> Result<()> {
+    if w.engine.network(&w.admin, "default", "net1")?.is_active() {
+        let operation = w.engine.network_stop(&w.admin, "default", "net1").await?;
+        assert_eq!(w.ended(operation).await.error, None);
+    }
+    Ok(())
+}
+
+fn net1(w: &World) -> Result<Config> {
+    Ok(w.engine.network(&w.admin, "default", "net1")?.config.clone())
 }
 
 fn volume(name: &str) -> CreateVolume {
@@ -539,6 +552,13 @@ fn cases() -> Vec<Case> {
         network_update SharedEdit |f, c, p| f.w.engine.network_update(c, p, "net1", UpdateNetwork { description: "x".into(), config: f.w.engine.network(&f.w.admin, "default", "net1")?.config.clone(), if_version: None }).await.map(drop);
         network_delete SharedEdit |f, c, p| f.w.engine.network_delete(c, p, "net1").await.map(drop);
         network_rename SharedEdit |f, c, p| f.w.engine.network_rename(c, p, "net1", "net2").await.map(drop);
+        network_stop SharedEdit |f, c, p| f.w.engine.network_stop(c, p, "net1").await.map(drop);
+        network_start SharedEdit |f, c, p| { off(&f.w).await?; f.w.engine.network_start(c, p, "net1").await.map(drop) };
+        network_start_as SharedEdit |f, c, p| { off(&f.w).await?; let as_is = net1(&f.w)?; f.w.engine.network_start_as(c, p, "net1", &as_is).await.map(drop) };
+        network_set_autostart SharedEdit |f, c, p| f.w.engine.network_set_autostart(c, p, "net1", false).await.map(drop);
+        network_define SharedEdit |f, c, p| f.w.engine.network_define(c, p, "net1", UpdateNetwork { description: "x".into(), config: net1(&f.w)?, if_version: None }).await.map(drop);
+        network_change_sides SharedEdit |f, c, p| f.w.engine.network_change_sides(c, p, "net1", NetworkSides { defined: Some(net1(&f.w)?), ..Default::default() }).await.map(drop);
+        network_undefine SharedEdit |f, c, p| f.w.engine.network_undefine(c, p, "net1").await.map(drop);
         network_explain View |f, c, p| f.w.engine.network_explain(c, p, "192.0.2.1", "192.0.2.2", "80").await.map(drop);
         acls View |f, c, p| f.w.engine.acls(c, p).map(drop);
         acl View |f, c, p| f.w.engine.acl(c, p, "web").map(drop);

@@ -19,7 +19,7 @@ use karst_engine::{
         update::UpdateInstance,
     },
     images::{ImageOptions, UpdateImage, publish::PublishImage},
-    network::{CreateNetwork, UpdateNetwork},
+    network::{CreateNetwork, UpdateNetwork, life::NetworkSides},
     recover::RecoverPool,
     snapshots::Origin,
     storage::CreatePool,
@@ -255,6 +255,11 @@ fn cases() -> Vec<Case> {
         "network with a long name" => Invalid, "name", "15", |w| w.engine.network_create(&w.admin, P, CreateNetwork { name: "a-very-long-interface".into(), ..network(&[]) });
         "network with a name for another directory" => Invalid, "name", "", |w| w.engine.network_create(&w.admin, P, CreateNetwork { name: "../x".into(), ..network(&[]) });
         "network update that overlaps" => Conflict, "config.ipv4.address", "karstbr0", |w| { let c = w.engine.network(&w.admin, P, "karstbr0").unwrap().config.clone(); w.engine.network_update(&w.admin, P, "net1", UpdateNetwork { description: String::new(), config: c, if_version: None }) };
+        "network that is started twice" => Conflict, "", "active already", |w| w.engine.network_start(&w.admin, P, "net1");
+        "network that nobody has, started" => NotFound, "", "not found", |w| w.engine.network_start(&w.admin, P, "nonet");
+        "network defined with a key that nobody knows" => Invalid, "config.ipv4.adress", "ipv4.address", |w| w.engine.network_define(&w.admin, P, "net1", UpdateNetwork { description: String::new(), config: config(&[("ipv4.adress", "none")]), if_version: None });
+        "network definition If-Match" => PreconditionFailed, "", "changed", |w| w.engine.network_define(&w.admin, P, "net1", UpdateNetwork { description: String::new(), config: Config::new(), if_version: Some(99) });
+        "run of a network that overlaps" => Conflict, "config.ipv4.address", "karstbr0", |w| { let c = w.engine.network(&w.admin, P, "karstbr0").unwrap().config.clone(); w.engine.network_change_sides(&w.admin, P, "net1", NetworkSides { running: Some(c), ..Default::default() }) };
         "network If-Match" => PreconditionFailed, "", "changed", |w| w.engine.network_update(&w.admin, P, "net1", UpdateNetwork { description: String::new(), config: Config::new(), if_version: Some(99) });
         "network on an interface that the host does not grant" => Forbidden, "config.parent", "policy", |w| w.engine.network_create(&w.admin, P, CreateNetwork { kind: karst_model::uplink::NetworkKind::Macvlan, ..network(&[("parent", "eth7")]) });
         "network of an interface with a key of bridges" => Invalid, "config.ipv4.address", "macvlan", |w| w.engine.network_create(&w.admin, P, CreateNetwork { kind: karst_model::uplink::NetworkKind::Macvlan, ..network(&[("parent", "granted0"), ("ipv4.address", "10.0.0.1/24")]) });

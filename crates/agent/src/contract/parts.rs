@@ -247,6 +247,12 @@ pub(super) async fn networks(s: &Subject) {
     let own = NetworkSpec { owner: Some(karst_model::ProjectId(s.env.uuid())), ..network.clone() };
     s.agent.network_ensure(&s.change(), own).await.unwrap();
     s.agent.network_ensure(&s.change(), network.clone()).await.expect("and without");
+    // Stopped it is not there, and can be made again.
+    s.agent.network_stop(&s.change(), network.id).await.unwrap();
+    s.agent.network_stop(&s.change(), network.id).await.expect("twice is once");
+    refused(s.agent.network_state(&s.read(), network.id).await, ErrorKind::NotFound);
+    assert!(s.agent.self_check(&s.read(), ()).await.unwrap().leaks.is_empty());
+    s.agent.network_ensure(&s.change(), network.clone()).await.expect("once more");
     s.agent.network_remove(&s.change(), network.id).await.unwrap();
     s.agent.network_remove(&s.change(), network.id).await.expect("twice is once");
     refused(s.agent.network_state(&s.read(), network.id).await, ErrorKind::NotFound);

@@ -216,6 +216,14 @@ calls! {
             return Err(Error::conflict("guests that run still use the network"));
         }
         state.networks.remove(&network);
+        state.stopped_networks.remove(&network);
+        Ok(())
+    }
+    mutate network_stop(me, network: NetworkId) -> () {
+        let mut state = me.settled();
+        if state.networks.remove(&network).is_some() {
+            state.stopped_networks.insert(network);
+        }
         Ok(())
     }
     read network_leases(me, network: NetworkId) -> Vec<Lease> { me.leases(network) }

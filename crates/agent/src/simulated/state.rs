@@ -33,6 +33,8 @@ use std::{
 pub(super) struct State {
     pub pools: BTreeMap<PoolId, PoolSpec>,
     pub networks: BTreeMap<NetworkId, Network>,
+    /// Networks that were stopped, where guests that ran may be on still.
+    pub stopped_networks: BTreeSet<NetworkId>,
     /// ACLs whose logs were forgotten.
     pub acl_logs_removed: BTreeSet<karst_model::AclId>,
     pub volumes: BTreeMap<VolumeId, Volume>,

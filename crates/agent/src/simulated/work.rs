@@ -131,7 +131,12 @@ impl SimulatedAgent {
         }
         super::threads::demand(spec, self.options.cpus)?;
         for nic in &spec.nics {
-            self.check_nic(state, nic)?;
+            // Who runs keeps its place on a network that was stopped meanwhile.
+            let stopped = nic.network().filter(|id| state.stopped_networks.contains(id));
+            let has = |g: &Guest| g.runs() && g.spec.nics.iter().any(|n| n.network() == stopped);
+            if stopped.is_none() || !state.guests.get(&spec.instance).is_some_and(has) {
+                self.check_nic(state, nic)?;
+            }
             crate::names::check_host_interface(self.options.daemon_id.as_deref(), &nic.host_interface)?;
             let taken = state.guests.values().filter(|g| g.runs() && g.spec.instance != spec.instance);
             if taken.flat_map(|g| &g.spec.nics).any(|n| n.host_interface == nic.host_interface) {
@@ -495,6 +500,7 @@ impl SimulatedAgent {
             return Ok(());
         }
         let network = Network { spec, leases: Default::default() };
+        state.stopped_networks.remove(&network.spec.id);
         state.networks.insert(network.spec.id, network);
         Ok(())
     }

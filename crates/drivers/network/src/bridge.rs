@@ -350,7 +350,7 @@ pub(crate) fn strays(daemon: &str, records: &[Record]) -> Result<Vec<String>> {
     Ok(link::list()?.iter().filter(|l| stray(l)).map(words).collect())
 }
 
-fn ignore_missing(result: Result<()>) -> Result<()> {
+pub(crate) fn ignore_missing(result: Result<()>) -> Result<()> {
     match result {
         Err(e) if e.is(karst_model::ErrorKind::NotFound) => Ok(()),
         other => other,

@@ -7,6 +7,7 @@
 
 mod acl_log;
 mod bridge;
+mod detached;
 mod dnsmasq;
 mod firewall;
 mod leases;
@@ -214,6 +215,10 @@ impl NetworkDriver {
         firewall.known.sort_by_key(|n| n.id);
         firewall.reconcile(&self.0.daemon, &self.0.paths).await?;
         drop(firewall);
+        // Who comes back meets the rules.
+        let (paths, bridge) = (self.0.paths.clone(), spec.bridge.clone());
+        let id = spec.id;
+        blocking(move || detached::attach(&paths, id, &bridge)).await?;
         self.ensure_dnsmasq(live, record.clone(), effective.hosts.clone()).await?;
         self.ensure_views(network, &mut live.views, &record, &effective).await?;
         if let Some(net) = spec.spec.ipv4
@@ -303,6 +308,13 @@ impl NetworkDriver {
     /// # Errors
     /// Internal.
     pub async fn remove(&self, id: NetworkId) -> Result<()> {
+        self.take_down(id).await?;
+        let paths = self.0.paths.clone();
+        blocking(move || detached::forget(&paths, id)).await
+    }
+
+    /// All of a network, but for what is kept to put guests back onto it.
+    async fn take_down(&self, id: NetworkId) -> Result<()> {
         let live = self.live(id);
         let mut live = live.lock().await;
         if let Some(watcher) = live.watcher.take() {

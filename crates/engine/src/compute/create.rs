@@ -401,6 +401,7 @@ pub(crate) fn plan(
     if request.start {
         inner.demand_staying()?;
         super::power::demand_startable(&instance, &records.expanded(&instance).0)?;
+        crate::network::life::demand_active(records, instance.project, &parsed)?;
         instance.generation = instance.generation.next_in(records.incarnation);
         instance.power = DesiredPower::Running;
         instance.last_used_at = Some(now);

@@ -9,6 +9,7 @@ use crate::{
     context::Context,
     db::Tx,
     events::{RESUMED, reason_context},
+    network::life::demand_active,
     operations::{LiveOperation, NewOperation},
     saga::{Saga, StepContext, runner},
 };
@@ -286,6 +287,7 @@ fn plan(
                 instance.root,
             );
             inner.check_addresses(records, None, &instance, &parsed, None)?;
+            demand_active(records, instance.project, &parsed)?;
             instance.generation = instance.generation.next_in(records.incarnation);
             instance.power = DesiredPower::Running;
             instance.last_used_at = Some(inner.env.now());

@@ -201,6 +201,9 @@ impl Engine {
                 // Decided when it is written, and held until then by what it compares.
                 inner.check_run(&records, tx, &instance, &plan.wanted, has)?;
             }
+            if let Some((before, after)) = &live {
+                crate::network::life::demand_active_for(&records, before, after)?;
+            }
             let path = path(&project.name, name);
             let spec = live.as_ref().map_or(&after, |(_, after)| after);
             let plan = UpdatePlan {

@@ -15,11 +15,13 @@ use crate::{
     compute::{
         create::{StartPlan, networks_of},
         disks::demand_idle,
+        expand::parse_devices,
         power::{SAVING, force_stop},
     },
     context::Context,
     db::Tx,
     events::{PAUSED, RAN, RUNS},
+    network::life::demand_active,
     operations::{LiveOperation, NewOperation},
     saga::{Saga, StepContext, runner},
 };
@@ -86,6 +88,11 @@ impl Engine {
             instance.power = if paused { DesiredPower::Paused } else { DesiredPower::Running };
             // The start takes it.
             instance.stateful = false;
+            // Before the guest is ended: it starts again, as it is to be or as it is.
+            for it in [&*instance, &row.value] {
+                let parsed = parse_devices(&records.expanded(it).1)?;
+                demand_active(&records, it.project, &parsed)?;
+            }
             let start = |instance: &Instance, resume: bool| -> Result<StartPlan> {
                 let mut spec = inner.start_spec(&records, instance, inner.take_domain_id())?;
                 if let Some(machine) = &mut spec.machine {

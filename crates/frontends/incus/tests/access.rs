@@ -145,6 +145,7 @@ pub fn body(method: &Method, path: &str, image: &str) -> String {
         ("PUT" | "PATCH", "/1.0/images/{fingerprint}") => json!({"public": false}),
         ("POST", "/1.0/networks/{name}/forwards") => json!({"listen_address": "192.0.2.51"}),
         ("POST", "/1.0/karst/instances/{name}/keys") => json!({"keys": ["a"]}),
+        ("PUT", "/1.0/karst/networks/{name}") => json!({"autostart": true}),
         ("PUT", "/1.0/karst/instances/{name}/vnc") => json!({"password": "s3cret"}),
         ("POST", "/1.0/karst/instances/{name}/reset" | "/1.0/karst/instances/{name}/vnc") => json!({}),
         // Their paths say all.

@@ -76,6 +76,35 @@ async fn networks_live_and_are_refused() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn networks_are_started_and_stopped() {
+    let s = Server::start().await;
+    let body = json!({"name": "n1", "config": {"ipv4.address": "10.221.8.1/24", "ipv6.address": "none"}});
+    assert_eq!(s.post("/1.0/networks", body).await.status, 201);
+    let path = "/1.0/karst/networks/n1";
+    let life = s.get(path).await.metadata();
+    assert_eq!(
+        life,
+        json!({"name": "n1", "project": "default", "active": true, "autostart": true, "persistent": true, "running": null})
+    );
+    s.put(path, json!({"active": false})).await.metadata();
+    assert_eq!(s.get("/1.0/networks/n1").await.metadata()["status"], "Unavailable");
+    assert_eq!(s.get("/1.0/networks/n1/state").await.metadata()["state"], "down");
+    s.put(path, json!({"active": false})).await.metadata();
+    // Changed while it is stopped it is not made.
+    s.patch("/1.0/networks/n1", json!({"config": {"ipv4.nat": "true"}})).await.metadata();
+    assert_eq!(s.get(path).await.metadata()["active"], false);
+    s.put(path, json!({"active": true, "autostart": false})).await.metadata();
+    let life = s.get(path).await.metadata();
+    assert_eq!((life["active"].as_bool(), life["autostart"].as_bool()), (Some(true), Some(false)));
+    assert_eq!(s.get("/1.0/networks/n1").await.metadata()["status"], "Created");
+    assert!(s.put(path, json!({})).await.refused(400).contains("active or autostart"));
+    s.put(path, json!({"active": "yes"})).await.refused(400);
+    s.put("/1.0/karst/networks/nonet", json!({"active": true})).await.refused(404);
+    s.put(path, json!({"active": false})).await.metadata();
+    s.delete("/1.0/networks/n1").await.metadata();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn network_acls_live() {
     let s = Server::start().await;
     s.container("c1", true).await;

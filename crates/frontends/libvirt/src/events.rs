@@ -417,10 +417,15 @@ fn matching(session: &Session, uuid: Uuid, is: impl Fn(&Callback) -> bool) -> Ve
 }
 
 async fn network(session: &Arc<Session>, action: &str, of: &Network) {
-    // virNetworkEventLifecycleType; all of Karst's run as soon as they are there.
-    let changes: &[i32] = match action {
-        "network-created" => &[0, 2],
-        "network-deleted" => &[3, 1],
+    // virNetworkEventLifecycleType: defined, undefined, started, stopped. What is transient was never defined.
+    let (defined, active) = (!of.life.transient, of.is_active());
+    let changes: &[i32] = match (action, defined, active) {
+        ("network-created", true, true) => &[0, 2],
+        ("network-created", true, false) | ("network-defined", ..) => &[0],
+        ("network-created", false, _) | ("network-started", ..) => &[2],
+        ("network-deleted", true, true) => &[3, 1],
+        ("network-deleted", true, false) | ("network-undefined", ..) => &[1],
+        ("network-deleted", false, true) | ("network-stopped", ..) => &[3],
         _ => return,
     };
     let (name, uuid) = (&*of.name, crate::network_uuid(of));

@@ -4,8 +4,9 @@
 use crate::{
     calls::{
         backup, checkpoints, connect, console, copies, cpu, define, devices, domain, event, figures,
-        graphics, host, inside, machine, memory, monitor, network, networks, nodedev, nwfilter, plugged,
-        pools, power, secret, sizes, snapshots, stats, storage, threads, transfer, tuning, volumes,
+        graphics, host, inside, machine, memory, monitor, network, network_update, networks, nodedev,
+        nwfilter, plugged, pools, power, secret, sizes, snapshots, stats, storage, threads, transfer, tuning,
+        volumes,
     },
     error::{Code, VirError},
     frame::QEMU,
@@ -288,7 +289,7 @@ pub const PROCEDURES: &[Procedure] = procedures! {
     287 CONNECT_LIST_ALL_SECRETS See secret::list;
     288 NODE_SET_MEMORY_PARAMETERS Change host::set_memory_parameters;
     289 NODE_GET_MEMORY_PARAMETERS See host::memory_parameters;
-    291 NETWORK_UPDATE Change networks::update;
+    291 NETWORK_UPDATE Change network_update::update;
     293 NODE_GET_CPU_MAP See connect::cpu_map;
     294 DOMAIN_FSTRIM Change inside::trim;
     298 DOMAIN_GET_JOB_STATS See backup::job_stats;

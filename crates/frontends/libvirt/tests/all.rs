@@ -16,6 +16,7 @@ mod graphics;
 mod host;
 mod memory;
 mod monitor;
+mod network_life;
 mod networks;
 mod ports;
 mod power;

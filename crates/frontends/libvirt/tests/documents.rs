@@ -40,6 +40,7 @@ fn a_bridge() {
         interface: None,
         description: String::new(),
         config: config.iter().map(|(k, v)| (k.to_string(), v.to_string())).collect(),
+        life: Default::default(),
         spec_version: 1,
     };
     insta::assert_snapshot!("network", network::document(&network, &[]).unwrap());

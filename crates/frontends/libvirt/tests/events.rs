@@ -65,7 +65,9 @@ async fn events_have_their_objects_when_those_are_gone() {
         )
         .await
         .unwrap();
-    client.call(49, &network).await.unwrap();
+    for procedure in [39, 42, 49] {
+        client.call(procedure, &network).await.unwrap();
+    }
     // Two of one name.
     let mut machines = vec![];
     for _ in 0..2 {
@@ -107,6 +109,8 @@ async fn events_have_their_objects_when_those_are_gone() {
         told,
         [
             ("network-created", network),
+            ("network-started", network),
+            ("network-stopped", network),
             ("network-deleted", network),
             ("instance-created", first),
             ("instance-deleted", first),

@@ -77,7 +77,8 @@ async fn a_network_is_its_document() {
     let bridge = document("<forward mode='bridge'><interface dev='eth0'/></forward>");
     assert_eq!(define(&mut client, &bridge).await.unwrap_err().0, Code::ConfigUnsupported as i32);
     let renamed = document(ip).replace(">n1<", ">n2<");
-    assert!(define(&mut client, &renamed).await.unwrap_err().1.contains("'n1' already exists"));
+    assert!(define(&mut client, &renamed).await.unwrap_err().1.contains("'n1' is already defined with uuid"));
+    client.call(39, &n1).await.unwrap();
     // Ranges.
     let range = "<range start='10.99.8.40' end='10.99.8.50'/>";
     update(&mut client, &n1, 3, 5, range).await.unwrap();
@@ -90,9 +91,8 @@ async fn a_network_is_its_document() {
     {
         assert_eq!(update(&mut client, &n1, command, section, range).await.unwrap_err().0, code as i32);
     }
-    // Started as it is, not stopped, removed.
-    client.call(39, &n1).await.unwrap();
-    assert_eq!(client.call(42, &n1).await.unwrap_err().0, Code::OperationUnsupported as i32);
+    // Stopped and removed.
+    client.call(42, &n1).await.unwrap();
     client.call(49, &n1).await.unwrap();
     assert_eq!(client.call(49, &n1).await.unwrap_err().0, Code::NoNetwork as i32);
     // Read-only.

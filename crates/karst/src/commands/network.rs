@@ -1,5 +1,6 @@
 //! `network`.
 
+use hyper::Method;
 use serde_json::{Value, json};
 
 use super::{
@@ -47,6 +48,27 @@ pub enum Network {
         /// Its name
         #[arg(add = complete(Kind::Network))]
         name: String,
+    },
+    /// Make a network on its host
+    Start {
+        /// Its name
+        #[arg(add = complete(Kind::Network))]
+        name: String,
+    },
+    /// Take a network from its host; guests that run on it reach nothing until it is started
+    Stop {
+        /// Its name
+        #[arg(add = complete(Kind::Network))]
+        name: String,
+    },
+    /// Say whether a network begins with its host
+    Autostart {
+        /// Its name
+        #[arg(add = complete(Kind::Network))]
+        name: String,
+        /// It does not
+        #[arg(long)]
+        disable: bool,
     },
     /// List the addresses that are given out
     ListLeases {
@@ -115,6 +137,11 @@ impl Network {
                 )?;
                 output::print(&info(&name, &answer.metadata))
             }
+            Self::Start { name } => set_life(context, &name, json!({"active": true})).await,
+            Self::Stop { name } => set_life(context, &name, json!({"active": false})).await,
+            Self::Autostart { name, disable } => {
+                set_life(context, &name, json!({"autostart": !disable})).await
+            }
             Self::ListAllocations { format, all_projects } => {
                 let url = Url::new(&["network-allocations"]);
                 let url = if all_projects { url.with("all-projects", true) } else { url };
@@ -146,6 +173,13 @@ impl Network {
             Self::Common(command) => command.run(context, network).await,
         }
     }
+}
+
+/// Says what a network is to be: there or not, begun with its host or not.
+async fn set_life(context: &Context, name: &str, life: Value) -> Result<()> {
+    let client = &context.client;
+    let answer = client.change(Method::PUT, &Url::new(&["karst", "networks", name]), &life, None).await;
+    answer.about(client, Kind::Network, name).map(drop)
 }
 
 fn list(objects: Value) -> List {

@@ -121,6 +121,7 @@ pub fn attempts(karstd: &Karstd) -> Vec<(&'static str, String, Value, Comes)> {
         add("network_ensure", &format!("lines that no policy grants: {lines}"), raw(lines), Refused);
     }
     add("network_remove", "none", nobody.clone(), GONE);
+    add("network_stop", "none", nobody.clone(), GONE);
     add("network_leases", "of none", nobody.clone(), Refused);
     add("network_state", "of none", nobody.clone(), Refused);
     for name in [FOREIGN, "lo", "../../../etc", ""] {

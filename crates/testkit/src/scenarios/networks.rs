@@ -6,7 +6,7 @@ use karst_engine::{
     LiveOperation,
     network::{CreateNetwork, UpdateNetwork},
 };
-use karst_model::{Config, Result, uplink::NetworkKind};
+use karst_model::{Config, Result, network_life::NetworkBeginning, uplink::NetworkKind};
 
 async fn network(w: &World, project: &str, name: &str) -> Result<LiveOperation> {
     Ok(w.engine.network_create(&w.admin, project, CreateNetwork::automatic(name)).await?.1)
@@ -29,6 +29,16 @@ async fn own(w: &World) -> Result<()> {
     w.engine.project_create(&w.admin, "team", "", config).await
 }
 
+async fn stopped(w: &World) -> Result<()> {
+    done(w, network(w, "default", "net1").await).await?;
+    done(w, w.engine.network_stop(&w.admin, "default", "net1").await).await
+}
+
+async fn defined(w: &World) -> Result<LiveOperation> {
+    let request = CreateNetwork { beginning: NetworkBeginning::Defined, ..CreateNetwork::automatic("net1") };
+    Ok(w.engine.network_create(&w.admin, "default", request).await?.1)
+}
+
 async fn update(w: &World, project: &str, name: &str, keys: &[(&str, &str)]) -> Result<LiveOperation> {
     let mut config = w.engine.network(&w.admin, project, name)?.config.clone();
     config.extend(keys.iter().map(|(k, v)| (k.to_string(), v.to_string())));
@@ -49,6 +59,19 @@ pub(super) fn scenarios() -> Vec<Scenario> {
             |w| done(w, network(w, "default", "net1").await).await,
             |w| update(w, "default", "net1", &[("dns.domain", "example")]).await
         ),
+        scenario!("network-update", "stopped", |w| done(w, network(w, "default", "net1").await).await, |w| w
+            .engine
+            .network_stop(&w.admin, "default", "net1")
+            .await),
+        scenario!("network-update", "started", |w| stopped(w).await, |w| w
+            .engine
+            .network_start(&w.admin, "default", "net1")
+            .await),
+        scenario!("network-create", "defined, not started", |_w| Ok(()), |w| defined(w).await),
+        scenario!("network-delete", "of one that is stopped", |w| stopped(w).await, |w| w
+            .engine
+            .network_delete(&w.admin, "default", "net1")
+            .await),
         scenario!("network-create", "interface of the host", |_w| Ok(()), |w| uplink(w).await),
         scenario!("network-delete", "interface of the host", |w| done(w, uplink(w).await).await, |w| w
             .engine

@@ -161,6 +161,12 @@ shapes! {
         "why": Nullable(&Text),
     }
 
+    /// Is a network there, and does it begin with its host; `running` is what it runs by where its definition says otherwise.
+    NETWORK_LIFE "NetworkLife" {
+        "name": Text, "project": Text, "active": Flag, "autostart": Flag, "persistent": Flag,
+        "running": Nullable(&Config),
+    }
+
     /// What Incus does not tell of a storage pool; `file_system` is null of those that are in no directory.
     POOL_ABILITIES "StoragePoolAbilities" {
         "file_system": Nullable(&Object(&ABILITIES)),

@@ -248,6 +248,11 @@ shapes! {
         "user": Must(&Text), "password": Must(&Text), "certificate": Text,
     }
 
+    /// Is a network to be there, and to begin with its host? What is not said stays.
+    NETWORK_LIFE_PUT "NetworkLifePut" {
+        "active": Flag, "autostart": Flag,
+    }
+
     /// An API token to be.
     TOKENS_POST "TokensPost" {
         "name": Must(&Text), "role": Must(&Text), "projects": Texts, "expires_at": Time,

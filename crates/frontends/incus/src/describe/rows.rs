@@ -225,6 +225,9 @@ static KARST_ROWS: &[Described] = described! {
     "GET" "/1.0/karst/libvirt" "Where clients of libvirt reach this server" [] Nothing => Sync(Object(&LIBVIRT));
     "POST" "/1.0/karst/libvirt/clients" "Makes a certificate for a client of libvirt" []
         Json(&LIBVIRT_CLIENTS_POST) => Sync(Object(&LIBVIRT_CLIENT));
+    "GET" "/1.0/karst/networks/{name}" "Is a network there, and does it begin with its host?" [PROJECT] Nothing =>
+        Sync(Object(&NETWORK_LIFE));
+    "PUT" "/1.0/karst/networks/{name}" "Starts or stops a network" [PROJECT] Json(&NETWORK_LIFE_PUT) => Done;
     "GET" "/1.0/karst/openapi" "This document" [] Nothing => Sync(Map(&Any));
     "GET" "/1.0/karst/status" "This daemon, and whether its host answers now" [] Nothing => Sync(Object(&DAEMON));
     "GET" "/1.0/karst/storage-pools/{name}" "What Incus does not tell of a storage pool" [] Nothing =>

@@ -3,6 +3,7 @@
 use super::list as respond_list;
 use crate::{
     app::{Call, finished},
+    fields::Fields,
     filter::Filter,
     respond::{Etag, Reply, created, empty, sync, sync_etag},
     wire::{
@@ -11,7 +12,8 @@ use crate::{
     },
 };
 use karst_engine::network::{CreateNetwork, UpdateNetwork};
-use karst_model::{Result, network::Network, uplink::NetworkKind};
+use karst_model::{Error, Result, network::Network, uplink::NetworkKind};
+use serde_json::json;
 
 const VIEW: &str = "network";
 const READ_ONLY: &[&str] = &["name", "type", "used_by", "managed", "status", "locations", "project"];
@@ -66,6 +68,7 @@ pub async fn create(call: Call) -> Result<Reply> {
         kind,
         config: f.config("config")?.unwrap_or_default(),
         any_name: false,
+        beginning: Default::default(),
     };
     f.finish(&[])?;
     let (name, operation) = call.engine().network_create(&call.context, call.project(), request).await?;
@@ -117,6 +120,53 @@ pub async fn rename(call: Call) -> Result<Reply> {
 pub async fn delete(call: Call) -> Result<Reply> {
     let operation = call.engine().network_delete(&call.context, call.project(), call.param(0)).await?;
     finished(&operation).await?;
+    Ok(empty())
+}
+
+/// `GET /1.0/karst/networks/{name}`: whether a network is there and begins with its host: `{"name", "project", "active",
+/// "autostart", "persistent", "running"}`. `running` is the configuration that it runs by, where its definition says another, else
+/// null. One that is not persistent goes when it is stopped.
+///
+/// # Errors
+/// Those of the engine.
+pub async fn life(call: Call) -> Result<Reply> {
+    let network = call.engine().network(&call.context, call.project(), call.param(0))?;
+    sync(&json!({
+        "name": &*network.name,
+        "project": project_of(&call, &network),
+        "active": network.is_active(),
+        "autostart": network.autostart(),
+        "persistent": !network.life.transient,
+        "running": network.life.running,
+    }))
+}
+
+/// `PUT /1.0/karst/networks/{name}`: `{"active", "autostart"}`: starts or stops it, and says whether it begins with its host. What is
+/// not said stays.
+///
+/// # Errors
+/// Those of the engine.
+pub async fn set_life(call: Call) -> Result<Reply> {
+    let network = call.engine().network(&call.context, call.project(), call.param(0))?;
+    let (call, mut f) = call.fields().await?;
+    let said = |f: &mut Fields, name: &'static str| -> Result<Option<bool>> {
+        let there = f.has(name);
+        Ok(Some(f.flag(name)?).filter(|_| there))
+    };
+    let (active, autostart) = (said(&mut f, "active")?, said(&mut f, "autostart")?);
+    f.finish(&[])?;
+    if active.is_none() && autostart.is_none() {
+        return Err(Error::invalid("active", "say active or autostart: true or false"));
+    }
+    let (engine, context, project, name) = (call.engine(), &call.context, call.project(), call.param(0));
+    if let Some(autostart) = autostart.filter(|wanted| *wanted != network.autostart()) {
+        finished(&engine.network_set_autostart(context, project, name, autostart).await?).await?;
+    }
+    match active.filter(|wanted| *wanted != network.is_active()) {
+        Some(true) => finished(&engine.network_start(context, project, name).await?).await?,
+        Some(false) => finished(&engine.network_stop(context, project, name).await?).await?,
+        None => {}
+    }
     Ok(empty())
 }
 

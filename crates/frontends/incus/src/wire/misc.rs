@@ -34,7 +34,8 @@ impl<'a> NetworkView<'a> {
             kind: network.kind.as_str(),
             used_by,
             managed: true,
-            status: "Created",
+            // Incus' words: one that is stopped is there, and of no use now.
+            status: if network.is_active() { "Created" } else { "Unavailable" },
             locations: [NOWHERE],
             project,
         }

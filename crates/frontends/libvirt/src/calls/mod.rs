@@ -20,6 +20,7 @@ pub mod machine;
 pub mod memory;
 pub mod monitor;
 pub mod network;
+pub mod network_update;
 pub mod networks;
 pub mod nodedev;
 pub mod nwfilter;

@@ -6,7 +6,7 @@ use crate::{
     network_uuid,
     session::Call,
     xdr::Writer,
-    xml,
+    xml::{self, network::Side},
 };
 use karst_engine::{InstanceView, Row};
 use karst_model::{network::Network, uplink::NetworkKind};
@@ -83,36 +83,46 @@ pub(super) fn one(network: &Network) -> Answered {
     Ok(w.finish().into())
 }
 
-/// `CONNECT_LIST_ALL_NETWORKS`. All of Karst's are active, persistent, and begin by themselves.
+/// `CONNECT_LIST_ALL_NETWORKS`
 pub async fn list(call: Call) -> Answered {
     let (need_results, flags) = call.arguments(|r| Ok((r.i32()?, r.u32()?)))?;
     call.known_flags(flags, 0x3f)?;
-    // Inactive and active, persistent and transient, autostart or not: one bit of each pair is what they are.
-    let groups = [(0x1, 0x2), (0x8, 0x4), (0x20, 0x10)];
-    let no = groups.iter().any(|(isnt, is)| flags & isnt != 0 && flags & is == 0);
-    let found = if no { vec![] } else { all(&call)? };
+    let wanted = |n: &Network| {
+        let pairs = [(n.is_active(), 0x2, 0x1), (!n.life.transient, 0x4, 0x8), (n.autostart(), 0x10, 0x20)];
+        // Of each pair neither is asked for, or what it is.
+        pairs
+            .into_iter()
+            .all(|(is, yes, no)| flags & (yes | no) == 0 || flags & (if is { yes } else { no }) != 0)
+    };
+    let found: Vec<_> = all(&call)?.into_iter().filter(|n| wanted(n)).collect();
     listed(found, need_results, |w, network| write(w, &network))
+}
+
+/// Those that are active, or those that are not.
+fn some(call: &Call, active: bool) -> Result<Vec<Row<Network>>, VirError> {
+    Ok(all(call)?.into_iter().filter(|n| n.is_active() == active).collect())
 }
 
 /// `CONNECT_NUM_OF_NETWORKS`
 pub async fn count(call: Call) -> Answered {
-    Ok(int(all(&call)?.len() as i32))
+    Ok(int(some(&call, true)?.len() as i32))
 }
 
 /// `CONNECT_NUM_OF_DEFINED_NETWORKS`: those that are not active.
-pub async fn count_defined(_: Call) -> Answered {
-    Ok(int(0))
+pub async fn count_defined(call: Call) -> Answered {
+    Ok(int(some(&call, false)?.len() as i32))
 }
 
 /// `CONNECT_LIST_NETWORKS`
 pub async fn names(call: Call) -> Answered {
     let max = call.arguments(|r| r.i32())?;
-    some_names(all(&call)?.iter().map(|n| &*n.name), max)
+    some_names(some(&call, true)?.iter().map(|n| &*n.name), max)
 }
 
 /// `CONNECT_LIST_DEFINED_NETWORKS`
 pub async fn defined_names(call: Call) -> Answered {
-    some_names([], call.arguments(|r| r.i32())?)
+    let max = call.arguments(|r| r.i32())?;
+    some_names(some(&call, false)?.iter().map(|n| &*n.name), max)
 }
 
 /// `NETWORK_LOOKUP_BY_NAME`
@@ -130,13 +140,14 @@ pub async fn xml(call: Call) -> Answered {
     let (named, flags) = call.arguments(|r| Ok((Named::read(r)?, r.u32()?)))?;
     call.known_flags(flags, 1)?;
     let network = find_uuid(&call, named.uuid)?;
-    Ok(text(&xml::network::document(&network, &guests(&call)?)?))
+    // VIR_NETWORK_XML_INACTIVE
+    let side = if flags & 1 != 0 { Side::Defined } else { Side::Running };
+    Ok(text(&xml::network::document_of(&network, &guests(&call)?, side)?))
 }
 
 /// `NETWORK_GET_AUTOSTART`
 pub async fn autostart(call: Call) -> Answered {
-    only(&call)?;
-    Ok(flag(true))
+    Ok(flag(only(&call)?.autostart()))
 }
 
 /// `NETWORK_GET_BRIDGE_NAME`: its network's name, unless another project's network has that already.
@@ -151,14 +162,12 @@ pub async fn bridge(call: Call) -> Answered {
 
 /// `NETWORK_IS_ACTIVE`
 pub async fn is_active(call: Call) -> Answered {
-    only(&call)?;
-    Ok(flag(true))
+    Ok(flag(only(&call)?.is_active()))
 }
 
 /// `NETWORK_IS_PERSISTENT`
 pub async fn is_persistent(call: Call) -> Answered {
-    only(&call)?;
-    Ok(flag(true))
+    Ok(flag(!only(&call)?.life.transient))
 }
 
 /// `NETWORK_GET_DHCP_LEASES`

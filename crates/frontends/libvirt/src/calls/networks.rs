@@ -1,5 +1,5 @@
-//! Making, changing and removing networks; reserved addresses; ports. A network of Karst is active from the moment it is
-//! defined, on every start of the host, as pools are.
+//! Making, starting, stopping and removing networks; reserved addresses; ports. Single parts of one change in
+//! [`super::network_update`].
 
 use super::{
     Answered, Named, listed,
@@ -21,7 +21,6 @@ use crate::{
             UUID, hosts_of,
             read::{self, Host, NewNetwork},
         },
-        read::document,
     },
 };
 use karst_engine::{
@@ -29,40 +28,16 @@ use karst_engine::{
     compute::update::UpdateInstance,
     network::{CreateNetwork, UpdateNetwork},
 };
-use karst_model::{Config, network::Network, uplink::NetworkKind};
+use karst_model::{Config, network::Network, network_life::NetworkBeginning, uplink::NetworkKind};
 use std::sync::Arc;
 use uuid::Uuid;
 
-/// Keys that a document says everything of; others are kept when it changes.
-const SAID: &[&str] = &[
-    "bridge.hwaddr",
-    "bridge.mtu",
-    "dns.domain",
-    "dns.mode",
-    "ipv4.address",
-    "ipv4.dhcp",
-    "ipv4.dhcp.ranges",
-    "ipv4.firewall",
-    "ipv4.nat",
-    "ipv4.nat.address",
-    "ipv4.routing",
-    "ipv6.address",
-    "ipv6.dhcp.ranges",
-    "ipv6.dhcp.stateful",
-    "ipv6.firewall",
-    "ipv6.nat",
-    "ipv6.nat.address",
-    "ipv6.routing",
-    "mtu",
-    "parent",
-];
-
-fn failed(code: Code, text: impl Into<String>) -> VirError {
+pub(super) fn failed(code: Code, text: impl Into<String>) -> VirError {
     VirError::new(code, Part::Network, text)
 }
 
 /// The NIC of a MAC address on a network: its guest and the device's name.
-fn nic(call: &Call, network: &str, mac: &str) -> Result<(Arc<InstanceView>, String), VirError> {
+pub(super) fn nic(call: &Call, network: &str, mac: &str) -> Result<(Arc<InstanceView>, String), VirError> {
     let session = &call.session;
     let views = session.front.engine.instances(&session.context, &call.opened()?.project)?;
     for view in views {
@@ -81,7 +56,7 @@ fn nic(call: &Call, network: &str, mac: &str) -> Result<(Arc<InstanceView>, Stri
 }
 
 /// Gives an interface its address, or takes it back.
-async fn reserve(
+pub(super) async fn reserve(
     call: &Call,
     (view, device): (Arc<InstanceView>, String),
     key: &str,
@@ -108,7 +83,7 @@ async fn reserve(
     ended(engine.instance_update(context, &view.project.name, &view.instance.name, request).await?).await
 }
 
-fn key_of(host: &Host) -> &'static str {
+pub(super) fn key_of(host: &Host) -> &'static str {
     if host.address.is_ipv4() { "ipv4.address" } else { "ipv6.address" }
 }
 
@@ -128,44 +103,24 @@ async fn reserve_all(call: &Call, network: &str, wanted: &[Host]) -> Result<(), 
     Ok(())
 }
 
-async fn update_config(
-    call: &Call,
-    network: &Network,
-    description: String,
-    config: Config,
-) -> Result<(), VirError> {
-    let session = &call.session;
-    let (engine, context) = (&session.front.engine, &session.context);
-    let request = UpdateNetwork { description, config, if_version: Some(network.spec_version) };
-    let project = &call.opened()?.project;
-    ended(engine.network_update(context, project, &network.name, request).await?).await
+/// What a document says of a network that is there: keys that no document has a word for stay.
+fn said_anew(there: &Network, new: &NewNetwork) -> Result<Config, VirError> {
+    if there.kind != new.kind {
+        return Err(refuse("forward", "what a network is made of is fixed since it was made"));
+    }
+    let mut config = there.config.clone();
+    config.retain(|key, _| !read::is_said(key));
+    config.extend(new.config.iter().map(|(key, value)| (key.clone(), value.clone())));
+    if new.uuid == Some(there.id.uuid()) {
+        config.remove(UUID);
+    }
+    Ok(config)
 }
 
-async fn define_text(call: &Call, text: &str) -> Answered {
-    let known = all(call)?;
-    let bridge_of = |name: &str| known.iter().find(|n| *n.name == *name).map(|n| n.interface().to_owned());
-    let new: NewNetwork = read::network_again(text, &bridge_of)?;
-    if let Some(there) = known.into_iter().find(|n| *n.name == *new.name) {
-        let uuid = network_uuid(&there);
-        if new.uuid != Some(uuid) {
-            let text = format!("network '{}' already exists with uuid {uuid}", new.name);
-            return Err(failed(Code::OperationFailed, text));
-        }
-        if there.kind != new.kind {
-            return Err(refuse("forward", "what a network is made of is fixed since it was made"));
-        }
-        let mut config = there.config.clone();
-        config.retain(|key, _| !SAID.contains(&key.as_str()));
-        config.extend(new.config);
-        if there.id.uuid() == uuid {
-            config.remove(UUID);
-        }
-        update_config(call, &there, new.description, config).await?;
-        reserve_all(call, &new.name, &new.hosts).await?;
-        return one(&*find(call, &new.name)?);
-    }
+async fn create_new(call: &Call, new: NewNetwork, beginning: NetworkBeginning) -> Answered {
     if let Some(other) = new.uuid.and_then(|u| find_uuid(call, u).ok()) {
-        let text = format!("network '{}' already exists with uuid {}", &*other.name, network_uuid(&other));
+        let uuid = network_uuid(&other);
+        let text = format!("network '{}' is already defined with uuid {uuid}", &*other.name);
         return Err(failed(Code::OperationFailed, text));
     }
     if let Some(host) = new.hosts.first() {
@@ -179,9 +134,33 @@ async fn define_text(call: &Call, text: &str) -> Answered {
         kind: new.kind,
         config: new.config,
         any_name: false,
+        beginning,
     };
     let (_, operation) = engine.network_create(context, &call.opened()?.project, request).await?;
     ended(operation).await?;
+    one(&*find(call, &new.name)?)
+}
+
+async fn define_text(call: &Call, text: &str) -> Answered {
+    let known = all(call)?;
+    let bridge_of = |name: &str| known.iter().find(|n| *n.name == *name).map(|n| n.interface().to_owned());
+    let new: NewNetwork = read::network_again(text, &bridge_of)?;
+    let Some(there) = known.into_iter().find(|n| *n.name == *new.name) else {
+        return create_new(call, new, NetworkBeginning::Defined).await;
+    };
+    let uuid = network_uuid(&there);
+    if new.uuid != Some(uuid) {
+        let text = format!("network '{}' already exists with uuid {uuid}", new.name);
+        return Err(failed(Code::OperationFailed, text));
+    }
+    let config = said_anew(&there, &new)?;
+    let session = &call.session;
+    let (engine, context) = (&session.front.engine, &session.context);
+    let request =
+        UpdateNetwork { description: new.description, config, if_version: Some(there.spec_version) };
+    let project = &call.opened()?.project;
+    ended(engine.network_define(context, project, &there.name, request).await?).await?;
+    reserve_all(call, &new.name, &new.hosts).await?;
     one(&*find(call, &new.name)?)
 }
 
@@ -199,170 +178,102 @@ pub async fn define_flags(call: Call) -> Answered {
     define_text(&call, &text).await
 }
 
-fn no_transients() -> VirError {
-    failed(Code::OperationUnsupported, "networks are persistent here; define one")
+/// Makes a network by a document, until it is stopped: a new one, or one that is defined and not active.
+async fn create_text(call: &Call, text: &str) -> Answered {
+    let known = all(call)?;
+    let bridge_of = |name: &str| known.iter().find(|n| *n.name == *name).map(|n| n.interface().to_owned());
+    let new: NewNetwork = read::network_again(text, &bridge_of)?;
+    let session = &call.session;
+    let (engine, context, project) = (&session.front.engine, &session.context, &call.opened()?.project);
+    let Some(there) = known.into_iter().find(|n| *n.name == *new.name) else {
+        return create_new(call, new, NetworkBeginning::Transient).await;
+    };
+    let uuid = network_uuid(&there);
+    // One that went, but for what uses it, may come again as another.
+    let again = there.life.transient && !there.is_active() && new.uuid.is_none();
+    if new.uuid != Some(uuid) && !again {
+        let text = format!("network '{}' already exists with uuid {uuid}", new.name);
+        return Err(failed(Code::OperationFailed, text));
+    }
+    if there.is_active() {
+        let text = format!("network is already active as '{}'", new.name);
+        return Err(failed(Code::OperationInvalid, text));
+    }
+    let config = said_anew(&there, &new)?;
+    ended(engine.network_start_as(context, project, &new.name, &config).await?).await?;
+    one(&*find(call, &new.name)?)
 }
 
-/// `NETWORK_CREATE_XML`: there are no transient ones.
+/// `NETWORK_CREATE_XML`
 pub async fn create_xml(call: Call) -> Answered {
-    call.arguments(|r| r.string())?;
-    Err(no_transients())
+    let text = call.arguments(|r| r.string())?;
+    create_text(&call, &text).await
 }
 
 /// `NETWORK_CREATE_XML_FLAGS`
 pub async fn create_xml_flags(call: Call) -> Answered {
-    call.arguments(|r| Ok((r.string()?, r.u32()?)))?;
-    Err(no_transients())
+    let (text, flags) = call.arguments(|r| Ok((r.string()?, r.u32()?)))?;
+    // Checked against the schema.
+    call.known_flags(flags, 1)?;
+    create_text(&call, &text).await
 }
 
 fn only(call: &Call) -> Result<Row<Network>, VirError> {
     find_uuid(call, call.arguments(Named::read)?.uuid)
 }
 
-/// `NETWORK_CREATE`: it is active already, which is what is asked for.
+/// `NETWORK_CREATE`: starts it.
 pub async fn create(call: Call) -> Answered {
-    only(&call)?;
+    let network = only(&call)?;
+    if network.is_active() {
+        return Err(failed(Code::OperationInvalid, "network is already active"));
+    }
+    let session = &call.session;
+    let (engine, context) = (&session.front.engine, &session.context);
+    ended(engine.network_start(context, &call.opened()?.project, &network.name).await?).await?;
     Ok(nothing())
 }
 
 /// `NETWORK_DESTROY`
 pub async fn destroy(call: Call) -> Answered {
-    only(&call)?;
-    Err(failed(
-        Code::OperationUnsupported,
-        "networks are always active here; net-undefine removes one that is not used",
-    ))
+    let network = only(&call)?;
+    if !network.is_active() {
+        let text = format!("network '{}' is not active", &*network.name);
+        return Err(failed(Code::OperationInvalid, text));
+    }
+    let session = &call.session;
+    let (engine, context) = (&session.front.engine, &session.context);
+    ended(engine.network_stop(context, &call.opened()?.project, &network.name).await?).await?;
+    Ok(nothing())
 }
 
 /// `NETWORK_UNDEFINE`
 pub async fn undefine(call: Call) -> Answered {
     let network = only(&call)?;
+    if network.life.transient {
+        return Err(failed(Code::OperationInvalid, "can't undefine transient network"));
+    }
     let session = &call.session;
     let (engine, context) = (&session.front.engine, &session.context);
-    ended(engine.network_delete(context, &call.opened()?.project, &network.name).await?).await?;
+    ended(engine.network_undefine(context, &call.opened()?.project, &network.name).await?).await?;
     Ok(nothing())
 }
 
 /// `NETWORK_SET_AUTOSTART`
 pub async fn set_autostart(call: Call) -> Answered {
     let (named, wanted) = call.arguments(|r| Ok((Named::read(r)?, r.i32()?)))?;
-    find_uuid(&call, named.uuid)?;
-    match wanted {
-        0 => Err(failed(Code::OperationUnsupported, "networks begin with their host")),
-        _ => Ok(nothing()),
-    }
-}
-
-/// `virNetworkUpdateCommand`
-const MODIFY: u32 = 1;
-const DELETE: u32 = 2;
-const ADD_LAST: u32 = 3;
-const ADD_FIRST: u32 = 4;
-/// `virNetworkUpdateSection`
-const DHCP_HOST: u32 = 4;
-const DHCP_RANGE: u32 = 5;
-const SECTIONS: [&str; 13] = [
-    "none",
-    "bridge",
-    "domain",
-    "ip",
-    "ip-dhcp-host",
-    "ip-dhcp-range",
-    "forward",
-    "forward-interface",
-    "forward-pf",
-    "portgroup",
-    "dns-host",
-    "dns-txt",
-    "dns-srv",
-];
-
-/// `NETWORK_UPDATE`: reserved addresses and ranges, live and for good.
-pub async fn update(call: Call) -> Answered {
-    let (named, command, section, _, xml, flags) =
-        call.arguments(|r| Ok((Named::read(r)?, r.u32()?, r.u32()?, r.i32()?, r.string()?, r.u32()?)))?;
-    call.known_flags(flags, 1 | 2)?;
     let network = find_uuid(&call, named.uuid)?;
-    if !matches!(command, MODIFY | DELETE | ADD_LAST | ADD_FIRST) {
-        return Err(VirError::argument(format!("unrecognized network update command code {command}")));
+    if network.life.transient {
+        return Err(failed(Code::OperationInvalid, "cannot set autostart for transient network"));
     }
-    let e = document(&xml)?;
-    match section {
-        DHCP_HOST => update_host(&call, &network, command, &e).await?,
-        DHCP_RANGE => update_range(&call, &network, command, &e).await?,
-        other => {
-            let name = SECTIONS.get(other as usize).copied().unwrap_or("unknown");
-            let text = format!("'{name}' of a network changes by its definition (net-define, net-edit)");
-            return Err(failed(Code::OperationUnsupported, text));
-        }
+    let wanted = wanted != 0;
+    if wanted != network.autostart() {
+        let session = &call.session;
+        let (engine, context) = (&session.front.engine, &session.context);
+        let project = &call.opened()?.project;
+        ended(engine.network_set_autostart(context, project, &network.name, wanted).await?).await?;
     }
     Ok(nothing())
-}
-
-async fn update_host(call: &Call, network: &Network, command: u32, e: &Element) -> Result<(), VirError> {
-    let host = read::host(e)?;
-    let now = hosts_of(&super::network::guests(call)?, &network.name);
-    let there = now.iter().find(|h| h.mac == host.mac && key_of(h) == key_of(&host));
-    let wrong = |text: String| Err(failed(Code::OperationInvalid, text));
-    match (command, there) {
-        (MODIFY, None) => {
-            return wrong(format!(
-                "couldn't locate an existing dhcp host entry with \"mac='{}'\" in network '{}'",
-                host.mac, &*network.name
-            ));
-        }
-        (DELETE, None) => {
-            let name = &*network.name;
-            return wrong(format!("couldn't locate a matching dhcp host entry in network '{name}'"));
-        }
-        (ADD_LAST | ADD_FIRST, Some(there)) => {
-            return wrong(format!(
-                "there is an existing dhcp host entry in network '{}' that matches \"<host mac='{}' ip='{}'/>\"",
-                &*network.name, there.mac, there.address
-            ));
-        }
-        _ => {}
-    }
-    let address = (command != DELETE).then(|| host.address.to_string());
-    reserve(call, nic(call, &network.name, &host.mac)?, key_of(&host), address).await
-}
-
-async fn update_range(call: &Call, network: &Network, command: u32, e: &Element) -> Result<(), VirError> {
-    let range = read::range(e)?;
-    let family = if range.contains(':') { "ipv6" } else { "ipv4" };
-    let key = format!("{family}.dhcp.ranges");
-    let now = network.config.get(&key).map(String::as_str).unwrap_or_default();
-    let mut all: Vec<&str> = now.split(',').map(str::trim).filter(|r| !r.is_empty()).collect();
-    let there = all.iter().position(|r| *r == range);
-    match (command, there) {
-        (DELETE, Some(at)) => {
-            all.remove(at);
-        }
-        (ADD_LAST, None) => all.push(&range),
-        (ADD_FIRST, None) => all.insert(0, &range),
-        (DELETE, None) => {
-            let text = format!("couldn't locate a matching dhcp range entry in network '{}'", &*network.name);
-            return Err(failed(Code::OperationInvalid, text));
-        }
-        (ADD_LAST | ADD_FIRST, Some(_)) => {
-            let (start, end) = range.split_once('-').unwrap_or_default();
-            let text = format!(
-                "there is an existing dhcp range entry in network '{}' that matches \"<range start='{start}' end='{end}'/>\"",
-                &*network.name
-            );
-            return Err(failed(Code::OperationInvalid, text));
-        }
-        _ => {
-            let text = "dhcp ranges cannot be modified, only added or deleted";
-            return Err(failed(Code::OperationUnsupported, text));
-        }
-    }
-    let mut config = network.config.clone();
-    match all.is_empty() {
-        true => drop(config.remove(&key)),
-        false => drop(config.insert(key, all.join(","))),
-    }
-    update_config(call, network, network.description.clone(), config).await
 }
 
 /// A port: an interface of a guest that runs.
@@ -374,6 +285,9 @@ struct Port {
 
 fn ports(call: &Call, network: &Network) -> Result<Vec<Port>, VirError> {
     let mut all = vec![];
+    if !network.is_active() {
+        return Ok(all);
+    }
     for guest in super::network::guests(call)?.into_iter().filter(|v| super::domain::is_running(v)) {
         let devices = guest.run().map_or(&guest.expanded_devices, |run| &run.devices);
         for (name, identity) in &guest.run_identities() {

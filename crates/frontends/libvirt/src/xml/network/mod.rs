@@ -4,7 +4,11 @@ pub mod read;
 
 use super::Element;
 use karst_engine::InstanceView;
-use karst_model::{Result, network::Network, uplink::NetworkKind};
+use karst_model::{
+    Result,
+    network::{BridgeSpec, Network},
+    uplink::NetworkKind,
+};
 use std::{net::IpAddr, sync::Arc};
 
 /// The user key that holds the UUID which a network's document said.
@@ -29,11 +33,32 @@ pub fn hosts_of(guests: &[Arc<InstanceView>], network: &str) -> Vec<read::Host> 
     all
 }
 
-/// The document of a network; `guests` are those whose reserved addresses are shown.
+/// A side of a network.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Side {
+    /// What it runs by.
+    Running,
+    /// Its definition.
+    Defined,
+}
+
+/// The document of a network as it runs, or would; `guests` are those whose reserved addresses are shown.
 ///
 /// # Errors
 /// Invalid, when its configuration is.
 pub fn document(network: &Network, guests: &[Arc<InstanceView>]) -> Result<String> {
+    document_of(network, guests, Side::Running)
+}
+
+/// The same of either side.
+///
+/// # Errors
+/// Invalid, when its configuration is.
+pub fn document_of(network: &Network, guests: &[Arc<InstanceView>], side: Side) -> Result<String> {
+    let config = match side {
+        Side::Running => network.running_config(),
+        Side::Defined => &network.config,
+    };
     let mut e = Element::new("network")
         .child(Element::text("name", &network.name))
         .child(Element::text("uuid", crate::network_uuid(network)));
@@ -41,12 +66,12 @@ pub fn document(network: &Network, guests: &[Arc<InstanceView>]) -> Result<Strin
         e.push(Element::text("description", &network.description));
     }
     if network.kind != NetworkKind::Bridge {
-        let device = network.config.get("parent").cloned().unwrap_or_default();
+        let device = config.get("parent").cloned().unwrap_or_default();
         let interface = Element::new("interface").with("dev", &device);
         e.push(Element::new("forward").with("dev", &device).with("mode", "bridge").child(interface));
         return Ok(e.document());
     }
-    let spec = network.bridge()?;
+    let spec = BridgeSpec::parse(network.interface(), config)?;
     // Routed without translation is libvirt's "route", "open" where other firewalls are left alone; neither is an isolated network.
     if spec.nat || spec.nat6 {
         let mut forward = Element::new("forward").with("mode", "nat");

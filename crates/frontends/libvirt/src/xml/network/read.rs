@@ -13,6 +13,35 @@ use karst_model::{Config, uplink::NetworkKind};
 use std::net::IpAddr;
 use uuid::Uuid;
 
+/// Keys that a document says everything of; others are kept when it changes.
+const SAID: &[&str] = &[
+    "bridge.hwaddr",
+    "bridge.mtu",
+    "dns.domain",
+    "dns.mode",
+    "ipv4.address",
+    "ipv4.dhcp",
+    "ipv4.dhcp.ranges",
+    "ipv4.firewall",
+    "ipv4.nat",
+    "ipv4.nat.address",
+    "ipv4.routing",
+    "ipv6.address",
+    "ipv6.dhcp.ranges",
+    "ipv6.dhcp.stateful",
+    "ipv6.firewall",
+    "ipv6.nat",
+    "ipv6.nat.address",
+    "ipv6.routing",
+    "mtu",
+    "parent",
+];
+
+/// Does a document say everything of this key?
+pub fn is_said(key: &str) -> bool {
+    SAID.contains(&key)
+}
+
 /// A network as its document says it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct NewNetwork {
