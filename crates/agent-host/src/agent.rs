@@ -197,6 +197,9 @@ impl RealAgent {
 
     async fn adopt(self: &Arc<Self>) -> Result<()> {
         for pool in self.registry.pools()? {
+            if self.registry.closed(pool.id).is_some() {
+                continue;
+            }
             // One that cannot be opened does not stop the others; it is tried again.
             if let Err(e) = self.open_pool(&pool, Purpose::Use).await {
                 tracing::error!(pool = %pool.id, error = %e, context = e.context, "a pool cannot be opened");
@@ -405,9 +408,21 @@ impl RealAgent {
     pub(crate) fn pool(&self, id: PoolId) -> Result<Arc<dyn PoolDriver>> {
         let found = self.pools.lock().get(&id).cloned();
         found.ok_or_else(|| {
-            let missing = || Error::not_found(format!("pool {id} is not on this host"));
+            let missing = || match self.demand_open(id) {
+                Err(closed) => closed,
+                Ok(()) => Error::not_found(format!("pool {id} is not on this host")),
+            };
             self.unopened.why(id).unwrap_or_else(missing)
         })
+    }
+
+    pub(crate) fn has_pool(&self, id: PoolId) -> bool {
+        self.pools.lock().contains_key(&id)
+    }
+
+    /// As it was before [`Self::forget_pool`].
+    pub(crate) fn keep_pool(&self, id: PoolId, pool: Arc<dyn PoolDriver>) {
+        self.pools.lock().insert(id, pool);
     }
 
     pub(crate) fn forget_pool(&self, id: PoolId) {

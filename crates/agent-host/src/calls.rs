@@ -3,7 +3,6 @@
 use crate::{
     RealAgent,
     agent::{as_state, blocking, never_came, never_ran, not_older},
-    pools::Purpose,
 };
 use async_trait::async_trait;
 use karst_agent::*;
@@ -22,8 +21,9 @@ use karst_model::{
     memory::{MemoryState, SavedMemory},
     network::{ExternalInterface, Lease},
     node::HostFacts,
-    spec::{GuestSpec, NetworkSpec, PoolSource, PoolSpec, VolumeSpec},
-    storage::{Abilities, Usage},
+    pool_life::FoundSource,
+    spec::{GuestSpec, NetworkSpec, PoolSpec, VolumeSpec},
+    storage::{Abilities, PoolKind, Usage},
 };
 use karst_storage::OpenTree;
 use rustix::pipe::{PipeFlags, pipe_with};
@@ -501,24 +501,10 @@ calls! {
     }
     read self_check(me, _request: ()) -> SelfCheck { me.self_check_now().await }
 
-    mutate pool_ensure(me, spec: PoolSpec) -> () {
-        let _lock = me.lock(spec.id.0).await;
-        match me.registry.pool(spec.id)? {
-            Some(old) if !old.is_same_pool(&spec) => return Err(Error::conflict(format!("pool {} is there already, and different", spec.id))),
-            Some(_) => {}
-            None => {
-                // Before anything is made of it.
-                let (registry, spec) = (me.registry.clone(), spec.clone());
-                me.options.policy.check_pool_kind(spec.kind)?;
-                crate::pool_kinds::ready(spec.kind).await?;
-                if let PoolSource::Granted { source } = &spec.source {
-                    me.options.policy.check_pool_source(spec.kind, source)?;
-                }
-                blocking(move || registry.put_pool(&spec)).await?;
-            }
-        }
-        me.open_pool(&spec, Purpose::Make).await
-    }
+    mutate pool_ensure(me, spec: PoolSpec) -> () { me.ensure_pool(spec).await }
+    mutate pool_open(me, spec: PoolSpec) -> () { me.start_pool(spec).await }
+    mutate pool_close(me, pool: PoolId) -> () { me.stop_pool(pool).await }
+    read pool_sources(me, kind: PoolKind) -> Vec<FoundSource> { me.sources(kind).await }
     mutate pool_grow(me, request: PoolGrow) -> () { me.grow_pool(request).await }
     mutate pool_remove(me, pool: PoolId) -> () { me.remove_pool(pool).await }
     read pool_usage(me, pool: PoolId) -> Usage { me.space_of(pool).await }

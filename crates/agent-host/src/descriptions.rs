@@ -12,7 +12,7 @@ use karst_model::{Error, Result, VolumeId, spec::PoolSpec, storage::PoolKind};
 use karst_storage::PoolDriver;
 
 /// What a pool says of itself or of a volume, if it is a text.
-async fn said(pool: &dyn PoolDriver, of: Option<VolumeId>) -> Result<Option<String>> {
+pub(crate) async fn said(pool: &dyn PoolDriver, of: Option<VolumeId>) -> Result<Option<String>> {
     let Some(texts) = pool.descriptions() else { return Ok(None) };
     Ok(texts.description(of, MAX_DESCRIPTION).await?.filter(|text| is_plain(text)))
 }
@@ -81,7 +81,8 @@ impl RealAgent {
             for spec in self.registry.pools()?.into_iter().filter(fits) {
                 let description = match self.pool(spec.id) {
                     Ok(pool) => said(&*pool, None).await?,
-                    Err(_) => None,
+                    // What was let go of keeps what it said.
+                    Err(_) => self.registry.closed(spec.id).flatten(),
                 };
                 found.push(FoundPool { spec, description });
             }

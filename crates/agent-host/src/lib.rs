@@ -35,6 +35,7 @@ mod outputs;
 mod policy;
 mod pool_growth;
 mod pool_kinds;
+mod pool_use;
 mod pools;
 mod ports;
 mod proxies;

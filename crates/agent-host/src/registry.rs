@@ -5,6 +5,7 @@
 //!   epoch                      highest epoch of each executor
 //!   registry/pools/ID.json     what control called a pool
 //!   registry/pools/ID.found    what its file system can
+//!   registry/pools/ID.closed   it was let go of; what it said of itself
 //!   pools/ID/                  its volumes, by their ids
 //!   images/ networks/          of their drivers
 //!   staging/ID.PART      0600  parts of images being uploaded
@@ -122,7 +123,25 @@ impl Registry {
 
     pub fn remove_pool(&self, id: PoolId) -> Result<()> {
         remove(&self.found_file(id))?;
+        remove(&self.closed_file(id))?;
         remove(&self.pool_file(id))
+    }
+
+    fn closed_file(&self, id: PoolId) -> PathBuf {
+        self.pool_file(id).with_extension("closed")
+    }
+
+    /// Was the pool let go of? Then what it said of itself before; a damaged file says that it was.
+    pub fn closed(&self, id: PoolId) -> Option<Option<String>> {
+        read::<Option<String>>(&self.closed_file(id)).unwrap_or(Some(None))
+    }
+
+    pub fn put_closed(&self, id: PoolId, said: Option<String>) -> Result<()> {
+        write(&self.closed_file(id), &said, true)
+    }
+
+    pub fn forget_closed(&self, id: PoolId) -> Result<()> {
+        remove(&self.closed_file(id))
     }
 
     fn found_file(&self, id: PoolId) -> PathBuf {

@@ -76,7 +76,7 @@ pub(crate) async fn watch(agent: Weak<RealAgent>) {
 impl RealAgent {
     async fn open_again(self: &Arc<Self>, id: PoolId) -> Result<()> {
         let _lock = self.lock(id.0).await;
-        match self.registry.pool(id)? {
+        match self.registry.pool(id)?.filter(|_| self.registry.closed(id).is_none()) {
             Some(spec) => self.open_pool(&spec, Purpose::Use).await,
             None => {
                 self.unopened.forget(id);

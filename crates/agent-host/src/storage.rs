@@ -7,6 +7,7 @@
 use crate::{
     RealAgent,
     agent::{blocking, has_volume},
+    pools::Purpose,
 };
 use karst_agent::*;
 use karst_host::{
@@ -86,9 +87,19 @@ impl RealAgent {
     pub(crate) async fn remove_pool(&self, id: PoolId) -> Result<()> {
         let _lock = self.lock(id.0).await;
         let Some(spec) = self.registry.pool(id)? else { return Ok(()) };
+        // One that was let go of is looked into first.
+        let was_closed = self.registry.closed(id).is_some() && !self.has_pool(id);
+        if was_closed && let Err(e) = self.open_pool(&spec, Purpose::Use).await {
+            tracing::warn!(pool = %id, error = %e, context = e.context.as_deref(), "a pool is removed unseen");
+        }
         // One that could not be opened has nothing that anybody could use.
         if let Ok(pool) = self.pool(id) {
             if !pool.list().await?.is_empty() {
+                drop(pool);
+                if was_closed {
+                    self.forget_pool(id);
+                    self.pool_place(id).close(&spec).await?;
+                }
                 return Err(Error::conflict("the pool still has volumes"));
             }
             pool.settle().await;
@@ -230,6 +241,7 @@ impl RealAgent {
 
     pub(crate) async fn delete_volume(&self, at: VolumeRef) -> Result<()> {
         let _lock = self.lock(at.volume.0).await;
+        self.demand_open(at.pool)?;
         self.unused(at.volume).await?;
         match self.pool(at.pool) {
             Ok(pool) => {
@@ -343,6 +355,7 @@ impl RealAgent {
 
     pub(crate) async fn delete_snapshot(&self, at: VolumeSnapshotRef) -> Result<()> {
         let _lock = self.lock(at.volume.0).await;
+        self.demand_open(at.pool)?;
         match self.pool(at.pool) {
             Ok(pool) => snapshots(&*pool)?.delete(at.volume, at.snapshot).await,
             Err(_) => Ok(()),

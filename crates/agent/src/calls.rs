@@ -35,8 +35,9 @@ use karst_model::{
     network::Lease,
     news::MachineNews,
     node::HostFacts,
+    pool_life::FoundSource,
     spec::{GuestSpec, NetworkSpec, PoolSpec, VolumeSpec},
-    storage::{Abilities, Usage},
+    storage::{Abilities, PoolKind, Usage},
 };
 use serde::{Deserialize, Serialize};
 use serde_json::value::{RawValue, to_raw_value};
@@ -249,6 +250,12 @@ agent_calls! {
 
     /// Makes the pool usable.
     mutate fn pool_ensure(PoolEnsure: PoolSpec) -> ();
+    /// Makes a pool usable that was made before: what is missing is an error, because it is only hidden.
+    mutate fn pool_open(PoolOpen: PoolSpec) -> ();
+    /// Lets go of a pool: mounts and devices go, what is in it and what the host knows of it stay, and the host opens it again when
+    /// it is told to, also after a start of its own. Refused while a guest runs from it, naming the guest, and while a call is
+    /// at work in it. One that the host does not know is let go of already.
+    mutate fn pool_close(PoolClose: PoolId) -> ();
     /// Grows a pool that lies in a file of its own, while it is in use. What has its size already stays; smaller is refused.
     mutate fn pool_grow(PoolGrow: PoolGrow) -> ();
     /// Forgets an empty pool and removes its directory.
@@ -267,6 +274,8 @@ agent_calls! {
     read fn pool_survey(PoolSurvey: PoolSurvey) -> PoolSurveyed;
     /// Pools that the host knows, or that were made in a place of the host.
     read fn pools_find(PoolsFind: PoolsFind) -> Vec<FoundPool>;
+    /// What of the host could become a pool of a kind, as far as its policy grants it: volume groups, zpools.
+    read fn pool_sources(PoolSources: PoolKind) -> Vec<FoundSource>;
 
     /// Chooses a free bridge name and free subnets.
     read fn network_choose(NetworkChoose: NetworkChoose) -> NetworkChoice;

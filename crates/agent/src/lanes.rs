@@ -38,7 +38,9 @@ impl Call {
             Self::GuestStop(GuestStop { mode: StopMode::Force, .. }) => Lane::Short,
             Self::GuestStop(_) => Lane::Stop,
             Self::GuestStart(_) => Lane::Start,
-            Self::PoolFlush(_)
+            Self::PoolOpen(_)
+            | Self::PoolClose(_)
+            | Self::PoolFlush(_)
             | Self::VolumeCreate(_)
             | Self::VolumeDelete(_)
             | Self::VolumeResize(_)

@@ -25,6 +25,7 @@ pub mod memory;
 pub mod names;
 pub mod neighbours;
 pub mod outputs;
+pub mod pools;
 pub mod publish;
 pub mod resources;
 pub mod server;

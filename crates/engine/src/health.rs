@@ -3,7 +3,9 @@
 use crate::{Engine, context::Context, saga::Phase};
 use karst_agent::CallContext;
 pub use karst_agent::resources;
-use karst_model::{Result, access::Permission, network::Network, node::HostFacts, uplink::NetworkKind};
+use karst_model::{
+    Result, access::Permission, network::Network, node::HostFacts, storage::Volume, uplink::NetworkKind,
+};
 use serde::Serialize;
 use std::{collections::BTreeSet, fmt::Display, time::Duration};
 
@@ -52,7 +54,10 @@ impl Engine {
         }
         // What a saga works on is in between, which is no fault.
         if health.sagas.is_empty() {
-            compare("volume", &on_hosts.volumes, records.volumes.keys(), &mut health.leaks);
+            // Nobody sees what is in a pool that is not active.
+            let stopped = |v: &Volume| records.pools.get(&v.pool).is_some_and(|p| p.life.stopped);
+            let volumes = records.volumes.iter().filter(|(_, v)| !stopped(v)).map(|(id, _)| id);
+            compare("volume", &on_hosts.volumes, volumes, &mut health.leaks);
             compare("image", &on_hosts.images, records.images.keys(), &mut health.leaks);
             let made = |n: &Network| n.kind == NetworkKind::Bridge && n.is_active();
             let networks = records.networks.iter().filter(|(_, n)| made(n)).map(|(id, _)| id);

@@ -225,13 +225,18 @@ async fn sync_once(
     if first && node == inner.node {
         crate::uploads::drop_stale(inner, agent).await;
     }
-    if rebooted && restart.boot_id != facts.boot_id {
+    let new_boot = rebooted && restart.boot_id != facts.boot_id;
+    if new_boot {
         let left = fix_left(inner, node, &facts.boot_id, &start_again).await?;
         start_again.retain(|(id, _)| left.contains(id));
         *restart = HostRestart { boot_id: facts.boot_id.clone(), ..HostRestart::default() };
     }
     if first || rebooted {
         ensure_all_networks(inner, node).await;
+    }
+    if node == inner.node && (first || new_boot) {
+        let starting: BTreeSet<InstanceId> = start_again.iter().map(|(id, _)| *id).collect();
+        crate::storage::life::after_boot(inner, new_boot, &starting).await;
     }
     let why = if rebooted { "after the host's restart" } else { "with the platform" };
     restart.starts.look(start_again, facts.cpus, why);

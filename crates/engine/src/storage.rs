@@ -1,5 +1,7 @@
 //! Storage pools and volumes: the use cases.
 
+pub(crate) mod life;
+
 use crate::{
     Engine, EngineInner, Row,
     context::Context,
@@ -13,6 +15,7 @@ use karst_agent::{CallContext, PoolGrow, VolumeRef};
 use karst_model::{
     ByteSize, Config, Error, Name, NodeId, PoolId, ProjectId, Result,
     access::Permission,
+    pool_life::PoolLife,
     spec::PoolSource,
     storage::{Abilities, Pool, PoolKind, Usage, Volume, VolumeOwner},
 };
@@ -26,11 +29,13 @@ pub fn pool_lock(id: PoolId) -> String {
 
 /// Of a transaction that begins to use a pool: the pool is as it was read, nobody is changing it, and who would remove it
 /// learns of the use.
-pub(crate) fn use_pool(tx: &mut Tx, pool: &Row<Pool>) {
+pub(crate) fn use_pool(tx: &mut Tx, pool: &Row<Pool>) -> Result<()> {
+    life::demand_active(pool)?;
     let target = pool_lock(pool.id);
     tx.expect(pool);
     tx.expect_unlocked(&target);
     tx.touch(&target);
+    Ok(())
 }
 
 /// What a user wants created.
@@ -44,6 +49,10 @@ pub struct CreatePool {
     pub description: String,
     /// Configuration as written.
     pub config: Config,
+    /// Which reference it is to have; `None`: one that nothing else has.
+    pub id: Option<PoolId>,
+    /// Its record is to end when it is stopped.
+    pub transient: bool,
 }
 
 /// Replaces what a user may set of a pool.
@@ -129,6 +138,7 @@ impl Engine {
     /// Not found, forbidden, unavailable.
     pub async fn pool_usage(&self, context: &Context, name: &str) -> Result<Usage> {
         let pool = self.pool(context, name)?;
+        life::demand_active(&pool)?;
         let agent = self.inner().agents.get(self.inner().node)?;
         agent.pool_usage(&CallContext::read(Duration::from_secs(10)), pool.id).await
     }
@@ -139,6 +149,7 @@ impl Engine {
     /// Not found, forbidden, unavailable.
     pub async fn pool_abilities(&self, context: &Context, name: &str) -> Result<Option<Abilities>> {
         let pool = self.pool(context, name)?;
+        life::demand_active(&pool)?;
         let agent = self.inner().agents.get(self.inner().node)?;
         agent.pool_abilities(&CallContext::read(Duration::from_secs(10)), pool.id).await
     }
@@ -186,12 +197,16 @@ impl Engine {
             if records.pool(&name).is_ok() {
                 return Err(Error::conflict(format!("a storage pool {:?} exists already", &*name)).at("name"));
             }
+            if let Some(other) = request.id.and_then(|id| records.pools.get(&id)) {
+                return Err(Error::conflict(format!("storage pool {:?} has that id", &*other.name)).at("id"));
+            }
             let pool = Pool {
-                id: PoolId(inner.env.uuid()),
+                id: request.id.unwrap_or_else(|| PoolId(inner.env.uuid())),
                 name: name.clone(),
                 kind,
                 description: request.description.clone(),
                 config: request.config.clone(),
+                life: PoolLife { transient: request.transient, ..PoolLife::default() },
                 spec_version: 1,
             };
             let new = NewOperation::task(
@@ -263,6 +278,7 @@ impl Engine {
         runner::start::<PoolGrowth>(inner, context, |tx| {
             let records = inner.inventory.read();
             let row = records.pool(name)?;
+            life::demand_active(row)?;
             let size = changed(row, name, request)?;
             let size = size.ok_or_else(|| {
                 Error::conflict(format!("storage pool {name:?} changes just now; try again"))
@@ -432,9 +448,16 @@ impl Saga for PoolDelete {
         Ok(())
     }
     async fn undo(cx: &StepContext, plan: &PoolPlan, _: &(), _: usize) -> Result<()> {
+        if plan.pool.life.unbuilt {
+            return Ok(());
+        }
         let spec = plan.pool.spec()?;
         for node in &plan.nodes {
-            cx.agent(*node)?.pool_ensure(&cx.mutate(MAKING), spec.clone()).await?;
+            let agent = cx.agent(*node)?;
+            agent.pool_ensure(&cx.mutate(MAKING), spec.clone()).await?;
+            if plan.pool.life.stopped {
+                agent.pool_close(&cx.mutate(MAKING), plan.pool.id).await?;
+            }
         }
         Ok(())
     }

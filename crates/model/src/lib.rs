@@ -40,6 +40,7 @@ pub mod node;
 pub mod oci;
 pub mod operation;
 pub mod options;
+pub mod pool_life;
 pub mod preset;
 pub mod profile;
 pub mod project;

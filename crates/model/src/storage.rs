@@ -5,6 +5,7 @@ use crate::{
     encryption::{self, Encryption},
     error::nearest,
     keys,
+    pool_life::PoolLife,
     spec::{PoolOptions, PoolSource, PoolSpec},
 };
 use jiff::Timestamp;
@@ -67,6 +68,9 @@ pub struct Pool {
     /// As written.
     #[serde(default)]
     pub config: Config,
+    /// How it is used, where that is not as usual.
+    #[serde(default, skip_serializing_if = "PoolLife::is_usual")]
+    pub life: PoolLife,
     /// Grows with each change.
     pub spec_version: u64,
 }
@@ -764,6 +768,7 @@ mod tests {
                 ("volume.snapshots.keep", "7"),
                 ("volume.zfs.blocksize", "16KiB"),
             ]),
+            life: PoolLife::default(),
             spec_version: 1,
         };
         let btrfs = pool(PoolKind::Btrfs);

@@ -26,6 +26,7 @@ use karst_model::{
     network::Lease,
     news::Happened,
     node::{Accelerator, AcceleratorKind, HostFacts},
+    pool_life::FoundSource,
     spec::{DiskSpec, GuestSpec, NetworkSpec, PoolSource, PoolSpec, VolumeSpec},
     storage::{Abilities, PoolKind, Usage},
 };
@@ -130,13 +131,18 @@ calls! {
         match state.pools.get(&spec.id) {
             Some(old) if !old.is_same_pool(&spec) => Err(Error::conflict(format!("pool {} is of another kind", spec.id))),
             _ => {
+                state.closed.remove(&spec.id);
                 state.pools.insert(spec.id, spec);
                 Ok(())
             }
         }
     }
+    mutate pool_open(me, spec: PoolSpec) -> () { me.open_pool(&spec) }
+    mutate pool_close(me, pool: PoolId) -> () { me.close_pool(pool) }
+    read pool_sources(me, kind: PoolKind) -> Vec<FoundSource> { me.sources(kind) }
     mutate pool_grow(me, request: PoolGrow) -> () {
         let mut state = me.lock();
+        state.demand_open(request.pool)?;
         let spec = state.pools.get_mut(&request.pool).ok_or_else(|| no_pool(request.pool))?;
         match &mut spec.source {
             PoolSource::Own { size } if spec.kind != PoolKind::Dir => {
@@ -155,6 +161,7 @@ calls! {
             return Err(Error::conflict("the pool still has volumes"));
         }
         state.pools.remove(&pool);
+        state.closed.remove(&pool);
         state.described.pools.remove(&pool);
         Ok(())
     }
@@ -162,7 +169,11 @@ calls! {
     read pool_survey(me, request: PoolSurvey) -> PoolSurveyed { me.survey_pool(&request) }
     read pools_find(me, request: PoolsFind) -> Vec<FoundPool> { me.find_pools(&request) }
     read pool_abilities(me, pool: PoolId) -> Option<Abilities> {
-        let spec = me.lock().pools.get(&pool).cloned().ok_or_else(|| no_pool(pool))?;
+        let spec = {
+            let state = me.lock();
+            state.demand_open(pool)?;
+            state.pools.get(&pool).cloned().ok_or_else(|| no_pool(pool))?
+        };
         // As of a disk with ext4.
         let found = Abilities {
             owners: true,
@@ -178,6 +189,7 @@ calls! {
     }
     read pool_usage(me, pool: PoolId) -> Usage {
         let state = me.lock();
+        state.demand_open(pool)?;
         let spec = state.pools.get(&pool).ok_or_else(|| no_pool(pool))?;
         let size = match spec.source {
             PoolSource::Own { size: Some(size) } => size,
@@ -188,8 +200,7 @@ calls! {
     }
 
     read pool_flush(me, pool: PoolId) -> () {
-        let there = me.lock().pools.contains_key(&pool);
-        if there { Ok(()) } else { Err(no_pool(pool)) }
+        me.lock().demand_open(pool)
     }
 
     read network_choose(me, wanted: NetworkChoose) -> NetworkChoice {

@@ -1,7 +1,6 @@
 //! Descriptions on the pools of a simulated host.
 
 use super::SimulatedAgent;
-use super::work::no_pool;
 use crate::{calls::*, descriptions::*};
 use karst_model::{
     Error, PoolId, Result, VolumeId,
@@ -20,9 +19,7 @@ impl SimulatedAgent {
     pub(super) fn describe_pool(&self, request: PoolDescribe) -> Result<()> {
         request.check()?;
         let mut state = self.lock();
-        if !state.pools.contains_key(&request.pool) {
-            return Err(no_pool(request.pool));
-        }
+        state.demand_open(request.pool)?;
         if let Some(own) = request.own {
             state.described.pools.insert(request.pool, own);
         }

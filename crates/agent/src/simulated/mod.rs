@@ -15,6 +15,7 @@ mod hardware;
 mod keys;
 mod memory;
 mod monitor;
+mod pools;
 mod publish;
 mod session;
 mod state;

@@ -32,6 +32,8 @@ use std::{
 #[derive(Default)]
 pub(super) struct State {
     pub pools: BTreeMap<PoolId, PoolSpec>,
+    /// Those of them that it has let go of.
+    pub closed: BTreeSet<PoolId>,
     pub networks: BTreeMap<NetworkId, Network>,
     /// Networks that were stopped, where guests that ran may be on still.
     pub stopped_networks: BTreeSet<NetworkId>,

@@ -4,7 +4,7 @@ use super::{
     SimulatedAgent,
     session::Session,
     state::{SimulatedFile, State, Volume},
-    work::{EMPTY_VOLUME, no_pool},
+    work::EMPTY_VOLUME,
 };
 use crate::{backups::VolumeWrite, calls::*};
 use karst_model::{
@@ -99,9 +99,7 @@ impl SimulatedAgent {
             }
             return Err(Error::conflict(format!("volume {} is there already, and different", spec.id)));
         }
-        if !state.pools.contains_key(&spec.pool) {
-            return Err(no_pool(spec.pool));
-        }
+        state.demand_open(spec.pool)?;
         let (mut wanted, mut held, mut size) = (EMPTY_VOLUME, Held::default(), spec.size);
         match spec.source {
             VolumeSource::Empty => {}
@@ -153,6 +151,9 @@ impl SimulatedAgent {
 
     pub(super) fn delete_volume(&self, at: VolumeRef) -> Result<()> {
         let mut state = self.settled();
+        if state.closed.contains(&at.pool) {
+            return Err(crate::pools::closed(at.pool));
+        }
         state.writer(at, false)?;
         if state.volumes.get(&at.volume).is_some_and(|v| v.spec.pool == at.pool) {
             state.volumes.remove(&at.volume);
@@ -187,6 +188,9 @@ impl SimulatedAgent {
 
     pub(super) fn delete_snapshot(&self, at: VolumeSnapshotRef) -> Result<()> {
         let mut state = self.settled();
+        if state.closed.contains(&at.pool) {
+            return Err(crate::pools::closed(at.pool));
+        }
         if let Ok(volume) = state.volume_mut(VolumeRef { pool: at.pool, volume: at.volume }) {
             volume.snapshots.remove(&at.snapshot);
         }

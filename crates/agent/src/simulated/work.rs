@@ -57,6 +57,9 @@ pub(super) fn demand_machine(guest: &Guest) -> Result<()> {
 
 impl State {
     pub(super) fn volume(&self, at: VolumeRef) -> Result<&Volume> {
+        if self.closed.contains(&at.pool) {
+            return Err(crate::pools::closed(at.pool));
+        }
         self.volumes
             .get(&at.volume)
             .filter(|v| v.spec.pool == at.pool)
@@ -780,13 +783,10 @@ impl SimulatedAgent {
         leaks.extend(state.memory_that_is_written());
         leaks.extend(state.staged_backups.keys().map(|id| format!("staged backup {id}")));
         let live = state.sessions.values().filter(|s| s.exit().is_none()).count();
+        let open = state.volumes.iter().filter(|(_, v)| !state.closed.contains(&v.spec.pool));
         SelfCheck {
-            volumes: state.volumes.keys().copied().collect(),
-            snapshots: state
-                .volumes
-                .iter()
-                .flat_map(|(id, v)| v.snapshots.keys().map(|s| (*id, *s)))
-                .collect(),
+            volumes: open.clone().map(|(id, _)| *id).collect(),
+            snapshots: open.flat_map(|(id, v)| v.snapshots.keys().map(|s| (*id, *s))).collect(),
             backups: state.backups.keys().copied().collect(),
             images: state.images.keys().copied().collect(),
             networks: state.networks.keys().copied().collect(),

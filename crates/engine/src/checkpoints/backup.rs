@@ -439,6 +439,7 @@ fn planned_disk(
             return Err(Error::invalid("target", "what others read is written nowhere; leave it out"));
         }
     };
+    crate::storage::life::demand_active(pool)?;
     tx.expect(pool);
     tx.expect_unlocked(&crate::storage::pool_lock(pool.id));
     tx.touch(&crate::storage::pool_lock(pool.id));

@@ -316,7 +316,7 @@ pub(crate) fn plan(
     check_disks(records, tx, &instance, &parsed)?;
     let (root_name, RootDevice { pool, size, full_copy, .. }) = &parsed.root;
     let pool = records.pool(pool).map_err(|e| e.at(format!("devices.{root_name}.pool")))?;
-    crate::storage::use_pool(tx, pool);
+    crate::storage::use_pool(tx, pool)?;
     instance.pool = pool.id;
     let attached = super::disks::custom_root(records, &instance, &parsed)?.cloned();
     if let Some(volume) = &attached {

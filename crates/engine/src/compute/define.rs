@@ -129,8 +129,11 @@ fn give_root(records: &Records, project: &Project, devices: &mut Devices) -> Res
     }
     let usual = records.profiles.values().find(|p| p.project == project.id && &*p.name == "default");
     let usual = usual.and_then(|p| p.devices.values().find(|keys| root(keys))?.get("pool").cloned());
-    let pool = usual.or_else(|| records.pools.values().map(|p| p.name.to_string()).min()).ok_or_else(|| {
-        let text = "a machine without a disk of a pool is kept in a pool all the same, and there is none; make one";
+    let active = records.pools.values().filter(|p| !p.life.stopped);
+    let any = || active.map(|p| p.name.to_string()).min();
+    let pool = usual.or_else(any).ok_or_else(|| {
+        let text =
+            "a machine without a disk of a pool is kept in a pool all the same, and there is none; make one";
         Error::invalid("devices", text)
     })?;
     let name = (0..).map(|n| if n == 0 { "root".to_owned() } else { format!("root{n}") });

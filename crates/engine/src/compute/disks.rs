@@ -344,8 +344,11 @@ pub(crate) fn demand_idle(records: &Records, tx: &mut Tx, spec: &GuestSpec) -> R
     let disks = spec.disks.iter().filter_map(|d| d.volume());
     let kernel = spec.machine.iter().filter_map(|m| m.kernel.as_ref()).flat_map(|k| k.volumes());
     let all: std::collections::BTreeSet<_> =
-        disks.chain(kernel).chain([(spec.root.pool, spec.root.volume)]).map(|(_, volume)| volume).collect();
-    for volume in all {
+        disks.chain(kernel).chain([(spec.root.pool, spec.root.volume)]).collect();
+    for (pool, volume) in all {
+        if let Some(pool) = records.pools.get(&pool) {
+            crate::storage::life::demand_active(pool)?;
+        }
         let lock = volumes::lock(volume);
         runner::demand_unlocked(records, std::slice::from_ref(&lock))?;
         tx.expect_unlocked(&lock);

@@ -203,7 +203,7 @@ impl Engine {
                 return Err(Error::invalid("pool", format!("instance {name:?} is there already")));
             }
             check_disks(&records, tx, &instance, &parsed)?;
-            crate::storage::use_pool(tx, pool);
+            crate::storage::use_pool(tx, pool)?;
             let root = records.volumes.get(&row.root);
             let root = root.ok_or_else(|| Error::not_found("the root volume is gone"))?;
             let mut volume: Volume = root.value.clone();

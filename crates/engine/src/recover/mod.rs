@@ -23,6 +23,7 @@ use karst_model::{
     guest::Observed,
     instance::InstanceKind,
     network::Network,
+    pool_life::PoolLife,
     spec::{PoolSource, PoolSpec},
     storage::{Pool, PoolKind, VolumeOwner, pool_source},
     uplink::NetworkKind,
@@ -195,7 +196,8 @@ impl EngineInner {
             (Some(was), "") => was.description.clone(),
             (_, said) => said.to_owned(),
         };
-        let pool = Pool { id: spec.id, name, kind: spec.kind, description, config, spec_version: 1 };
+        let life = PoolLife::default();
+        let pool = Pool { id: spec.id, name, kind: spec.kind, description, config, life, spec_version: 1 };
         as_made(pool, spec)
     }
 
@@ -215,7 +217,7 @@ impl EngineInner {
 }
 
 /// A pool whose configuration says what its host knows; keys that say otherwise are dropped.
-fn as_made(mut pool: Pool, spec: &PoolSpec) -> Result<Pool> {
+pub(crate) fn as_made(mut pool: Pool, spec: &PoolSpec) -> Result<Pool> {
     if pool.spec().is_ok_and(|said| said == *spec) {
         return Ok(pool);
     }
@@ -237,7 +239,7 @@ fn as_made(mut pool: Pool, spec: &PoolSpec) -> Result<Pool> {
     }
 }
 
-fn described(found: &FoundPool) -> Option<PoolDescription> {
+pub(crate) fn described(found: &FoundPool) -> Option<PoolDescription> {
     // One that cannot be read is as good as none: the pool gets another name.
     found.description.as_deref().and_then(|text| read_pool(text).ok())
 }
@@ -405,6 +407,35 @@ impl Engine {
 }
 
 impl Engine {
+    /// Looks at what an active pool has: custom volumes that no record knows get their records again, as far as their names are free
+    /// and their projects are there. Answers how many. Who may only look at the server has nothing changed.
+    ///
+    /// # Errors
+    /// Not found, conflict when the pool is not active, forbidden, unavailable.
+    pub async fn pool_refresh(&self, context: &Context, name: &str) -> Result<usize> {
+        let pool = self.pool(context, name)?.value.clone();
+        crate::storage::life::demand_active(&pool)?;
+        if !context.principal().may(Permission::ServerEdit, None) {
+            return Ok(0);
+        }
+        let looked = self.inner().look_through(pool, true).await?;
+        let mut found_again = 0;
+        for (found, said) in looked.found.iter().filter(|(_, said)| Part::Volume.is_in(said)) {
+            let ended = match self.begin_volume(context, &looked.pool, found, said, Part::Volume).await {
+                Ok(operation) => succeeded(&operation).await,
+                Err(e) => Err(e),
+            };
+            match ended {
+                Ok(()) => found_again += 1,
+                Err(error) => {
+                    let volume = &said.volume.name;
+                    tracing::warn!(pool = name, volume, %error, "a volume that no record knows stays so");
+                }
+            }
+        }
+        Ok(found_again)
+    }
+
     async fn begin_pool(&self, context: &Context, pool: Pool) -> Result<LiveOperation> {
         let inner = self.inner();
         runner::start::<PoolRecover>(inner, context, |_| {
@@ -474,6 +505,7 @@ impl Engine {
                 kind: found.spec.kind,
                 description: said.as_ref().map(|p| p.pool.description.clone()).unwrap_or_default(),
                 config: said.as_ref().map(|p| p.pool.config.clone()).unwrap_or_default(),
+                life: PoolLife::default(),
                 spec_version: 1,
                 name,
             };

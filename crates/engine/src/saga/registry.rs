@@ -39,6 +39,7 @@ static REGISTRY: LazyLock<Vec<Arc<dyn AnySaga>>> = LazyLock::new(|| {
         Arc::new(Erased::<storage::PoolCreate>::new()),
         Arc::new(Erased::<storage::PoolDelete>::new()),
         Arc::new(Erased::<storage::PoolGrowth>::new()),
+        Arc::new(Erased::<storage::life::PoolChanging>::new()),
         Arc::new(Erased::<tenancy::profile_update::ProfileUpdate>::new()),
         Arc::new(Erased::<volumes::content::VolumeWipe>::new()),
         Arc::new(Erased::<volumes::content::VolumeWrite>::new()),

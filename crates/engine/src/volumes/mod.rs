@@ -253,7 +253,7 @@ pub(crate) fn begin_new(
 ) -> Result<ProjectId> {
     demand_free(records, project, pool, name)?;
     tx.expect(project);
-    crate::storage::use_pool(tx, pool);
+    crate::storage::use_pool(tx, pool)?;
     let owner = records.volume_project(project.id);
     tx.touch(&crate::tenancy::project_uses(owner));
     Ok(owner)

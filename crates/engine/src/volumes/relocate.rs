@@ -82,6 +82,7 @@ impl Engine {
                 return Err(Error::invalid("pool", format!("volume {name:?} is there already")));
             }
             demand_free(&records, &to, there, &new_name)?;
+            crate::storage::life::demand_active(there)?;
             tx.expect(row);
             tx.expect(&to);
             tx.expect(there);

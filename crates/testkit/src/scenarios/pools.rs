@@ -1,11 +1,12 @@
 //! Scenarios of pools that are there, and of what they limit.
 
 use super::{Scenario, container, done};
+use crate::World;
 use karst_engine::{
     compute::{create::CreateInstance, update::UpdateInstance},
     storage::{CreatePool, UpdatePool},
 };
-use karst_model::{Config, device::Devices};
+use karst_model::{Config, Result, device::Devices, pool_life::PoolChange};
 
 fn size(text: &str) -> Config {
     Config::from([("size".to_owned(), text.to_owned())])
@@ -15,6 +16,18 @@ fn size(text: &str) -> Config {
 fn limited(size: &str) -> Devices {
     let root = [("type", "disk"), ("path", "/"), ("pool", "limited"), ("size", size)];
     Devices::from([("root".to_owned(), root.map(|(k, v)| (k.to_owned(), v.to_owned())).into())])
+}
+
+/// A pool that is neither built nor started.
+async fn define(w: &World) -> Result<()> {
+    let request = CreatePool { name: "third".into(), driver: "btrfs".into(), ..Default::default() };
+    w.engine.pool_define(&w.admin, request).await
+}
+
+/// The same, built.
+async fn built(w: &World) -> Result<()> {
+    define(w).await?;
+    done(w, w.engine.pool_change(&w.admin, "third", PoolChange::Build).await).await
 }
 
 pub(super) fn scenarios() -> Vec<Scenario> {
@@ -46,8 +59,8 @@ pub(super) fn scenarios() -> Vec<Scenario> {
             let request = CreatePool {
                 name: "second".into(),
                 driver: "btrfs".into(),
-                description: String::new(),
                 config: size("1GiB"),
+                ..Default::default()
             };
             done(w, w.engine.pool_create(&w.admin, request).await).await
         },
@@ -57,5 +70,32 @@ pub(super) fn scenarios() -> Vec<Scenario> {
             Ok(operation.expect("it grows"))
         }
     );
-    vec![grow, limit]
+    vec![
+        grow,
+        limit,
+        scenario!("pool-change", "start that builds", |w| define(w).await, |w| {
+            w.engine.pool_change(&w.admin, "third", PoolChange::Start).await
+        }),
+        scenario!("pool-change", "build", |w| define(w).await, |w| {
+            w.engine.pool_change(&w.admin, "third", PoolChange::Build).await
+        }),
+        scenario!("pool-change", "start of one that is built", |w| built(w).await, |w| {
+            w.engine.pool_change(&w.admin, "third", PoolChange::Start).await
+        }),
+        scenario!(
+            "pool-change",
+            "stop",
+            |w| {
+                define(w).await?;
+                done(w, w.engine.pool_change(&w.admin, "third", PoolChange::Start).await).await
+            },
+            |w| w.engine.pool_change(&w.admin, "third", PoolChange::Stop).await
+        ),
+        scenario!("pool-change", "clear", |w| built(w).await, |w| {
+            w.engine.pool_change(&w.admin, "third", PoolChange::Clear).await
+        }),
+        scenario!("pool-delete", "one that is not active", |w| built(w).await, |w| {
+            w.engine.pool_delete(&w.admin, "third").await
+        }),
+    ]
 }

@@ -450,7 +450,7 @@ fn prepare(
     if let (false, Some(why)) = (request.hold, &stays) {
         return Err(Error::unsupported(why.clone()).at("to"));
     }
-    crate::storage::use_pool(tx, pool);
+    crate::storage::use_pool(tx, pool)?;
     let history = snapshots.iter().filter_map(|id| {
         let kept = records.snapshots.get(id)?.volumes.iter().find(|(v, _)| *v == old.id)?.1;
         Some((kept, kept))

@@ -86,6 +86,7 @@ pub async fn create(call: Call) -> Result<Reply> {
         driver: f.need_text("driver")?,
         description: f.text("description")?.unwrap_or_default(),
         config: f.config("config")?.unwrap_or_default(),
+        ..CreatePool::default()
     };
     f.finish(&[])?;
     let name = request.name.clone();

@@ -138,7 +138,8 @@ impl<'a> PoolView<'a> {
             name: &pool.name,
             driver: pool.kind.as_str(),
             used_by,
-            status: "Created",
+            // One that its host has let go of is there, and cannot be used.
+            status: if pool.life.stopped { "Unavailable" } else { "Created" },
             locations: [NOWHERE],
         }
     }
