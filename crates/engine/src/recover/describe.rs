@@ -336,6 +336,33 @@ async fn round(
     }
 }
 
+/// Writes what is said of a pool and of what is in it, now: nobody can once its hosts have let go of it.
+pub(crate) async fn describe_now(inner: &EngineInner, pool: PoolId) -> Result<()> {
+    let others: BTreeSet<(NodeId, PoolId)> = {
+        let records = inner.inventory.read();
+        let others = records.pools.keys().filter(|id| **id != pool);
+        others.flat_map(|id| inner.agents.nodes().into_iter().map(move |node| (node, *id))).collect()
+    };
+    let mut written = Written::default();
+    loop {
+        let batches = written.next(inner, &others);
+        if batches.is_empty() {
+            return Ok(());
+        }
+        for ((node, pool), batch) in batches {
+            let request = PoolDescribe {
+                pool,
+                own: batch.own.as_ref().map(|(_, text)| text.clone()),
+                volumes: batch.volumes.iter().map(|(id, _, text)| (*id, text.clone())).collect(),
+            };
+            let context = inner.reconcile_context(Duration::from_secs(60));
+            inner.agents.get(node)?.pool_describe(&context, request).await?;
+            written.pools.extend(batch.own.map(|(at, _)| ((node, pool), at)));
+            written.volumes.extend(batch.volumes.into_iter().map(|(id, at, _)| (id, at)));
+        }
+    }
+}
+
 /// Runs as long as the engine.
 pub(crate) async fn follow(weak: Weak<EngineInner>) {
     let (mut written, mut known) = (Written::default(), BTreeSet::new());

@@ -13,7 +13,7 @@ use crate::{
     events::Subject,
     inventory::Uses,
     operations::{LiveOperation, NewOperation},
-    recover::{as_made, described},
+    recover::{as_made, describe::describe_now, described},
     saga::{Saga, StepContext, runner},
     volumes,
 };
@@ -199,6 +199,11 @@ impl Engine {
     /// # Errors
     /// Those of [`Self::pool_change`] and of its operation.
     pub async fn pool_stop(&self, context: &Context, name: &str) -> Result<()> {
+        context.demand_server(Permission::ServerEdit)?;
+        let active = self.inner().inventory.read().pool(name).ok().filter(|p| !p.life.stopped).map(|p| p.id);
+        if let Some(id) = active {
+            describe_now(self.inner(), id).await?;
+        }
         succeeded(&self.pool_change(context, name, PoolChange::Stop).await?).await?;
         let row = self.inner().inventory.read().pool(name).ok().map(|row| row.value.clone());
         match row.filter(|p| p.life.transient && p.life.stopped) {
@@ -505,9 +510,6 @@ impl Saga for PoolChanging {
     fn announce(plan: &ChangePlan) -> Vec<(&'static str, String)> {
         let path = path(&plan.pool.name);
         match plan.change {
-            PoolChange::Start if plan.pool.life.unbuilt => {
-                vec![("storage-pool-built", path.clone()), ("storage-pool-started", path)]
-            }
             PoolChange::Start => vec![("storage-pool-started", path)],
             PoolChange::Build => vec![("storage-pool-built", path)],
             PoolChange::Stop => vec![("storage-pool-stopped", path)],

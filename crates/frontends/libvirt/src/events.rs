@@ -443,12 +443,30 @@ const POOL_LIFECYCLE: i32 = 0;
 const POOL_REFRESH: i32 = 1;
 
 async fn pool(session: &Arc<Session>, action: &str, of: &Pool) {
-    // virStoragePoolEventLifecycleType: defined, created, started; stopped, deleted, undefined. Pools here are all or
-    // nothing of these.
+    // virStoragePoolEventLifecycleType. Who makes a pool by Incus' API has it all at once, and who deletes one too.
+    const DEFINED: i32 = 0;
+    const UNDEFINED: i32 = 1;
+    const STARTED: i32 = 2;
+    const STOPPED: i32 = 3;
+    const CREATED: i32 = 4;
+    const DELETED: i32 = 5;
+    let life = of.life;
     let changes: &[i32] = match action {
-        "storage-pool-created" => &[0, 4, 2],
-        "storage-pool-updated" => &[0],
-        "storage-pool-deleted" => &[3, 5, 1],
+        // What is transient was never defined.
+        "storage-pool-created" if life.transient && life.stopped => &[],
+        "storage-pool-created" if life.transient => &[STARTED],
+        "storage-pool-created" if life.stopped => &[DEFINED],
+        "storage-pool-created" => &[DEFINED, CREATED, STARTED],
+        "storage-pool-built" => &[CREATED],
+        "storage-pool-started" => &[STARTED],
+        "storage-pool-stopped" => &[STOPPED],
+        "storage-pool-cleared" => &[DELETED],
+        "storage-pool-forgotten" | "storage-pool-updated" if life.transient => &[],
+        "storage-pool-forgotten" => &[UNDEFINED],
+        "storage-pool-updated" => &[DEFINED],
+        "storage-pool-deleted" if life.unbuilt => &[UNDEFINED],
+        "storage-pool-deleted" if life.stopped => &[DELETED, UNDEFINED],
+        "storage-pool-deleted" => &[STOPPED, DELETED, UNDEFINED],
         _ => return,
     };
     let (name, uuid) = (&*of.name, of.id.uuid());

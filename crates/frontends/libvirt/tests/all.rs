@@ -18,6 +18,7 @@ mod memory;
 mod monitor;
 mod network_life;
 mod networks;
+mod pools;
 mod ports;
 mod power;
 mod protocol;

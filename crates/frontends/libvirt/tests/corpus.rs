@@ -106,7 +106,9 @@ async fn provide(client: &mut Client, root: &Element, made: &mut BTreeSet<String
             let text = argument(|w| {
                 w.string(&new).u32(0);
             });
-            let _ = client.call(77, &text).await;
+            if let Ok(defined) = client.call(77, &text).await {
+                let _ = client.call(78, &[defined, vec![0; 4]].concat()).await;
+            }
         }
         let Ok(found) = client.call(84, &name(&pool)).await else { continue };
         if made.insert(format!("volume {pool} {volume}")) {

@@ -9,7 +9,7 @@ use crate::{
     xml,
 };
 use karst_engine::Row;
-use karst_model::storage::{Pool, Usage, Volume, VolumeContent, VolumeOwner};
+use karst_model::storage::{Pool, PoolKind, Usage, Volume, VolumeContent, VolumeOwner};
 
 fn no_pool(text: String) -> VirError {
     VirError::new(Code::NoStoragePool, Part::Storage, text)
@@ -48,46 +48,88 @@ pub(super) fn one(pool: &Pool) -> Answered {
     Ok(w.finish().into())
 }
 
+/// What is in a pool is there for those who ask when it is active.
+pub(super) fn demand_active(pool: &Pool) -> Result<(), VirError> {
+    match pool.life.stopped {
+        false => Ok(()),
+        true => {
+            let text = format!("storage pool '{}' is not active", &*pool.name);
+            Err(VirError::new(Code::OperationInvalid, Part::Storage, text))
+        }
+    }
+}
+
+/// One that is not active shows none.
 async fn usage(call: &Call, pool: &Pool) -> Result<Usage, VirError> {
+    if pool.life.stopped {
+        return Ok(Usage::default());
+    }
     let session = &call.session;
     Ok(session.front.engine.pool_usage(&session.context, &pool.name).await?)
 }
 
-/// `CONNECT_LIST_ALL_STORAGE_POOLS`. All of Karst's are active, persistent, and begin by themselves.
+/// `VIR_CONNECT_LIST_STORAGE_POOLS_*`: what pools are, in pairs of which none says nothing.
+const INACTIVE: u32 = 0x1;
+const ACTIVE: u32 = 0x2;
+const PERSISTENT: u32 = 0x4;
+const TRANSIENT: u32 = 0x8;
+const AUTOSTART: u32 = 0x10;
+const NO_AUTOSTART: u32 = 0x20;
+/// Where the kinds begin.
+const KINDS: u32 = 6;
+
+fn is_wanted(pool: &Pool, flags: u32) -> bool {
+    let life = pool.life;
+    let pairs = [
+        (life.stopped, INACTIVE, ACTIVE),
+        (life.transient, TRANSIENT, PERSISTENT),
+        (life.manual, NO_AUTOSTART, AUTOSTART),
+    ];
+    let fits =
+        |(is, yes, no): (bool, u32, u32)| flags & (yes | no) == 0 || flags & (if is { yes } else { no }) != 0;
+    // Their order is not that of the kinds' numbers.
+    let kind = match pool.kind {
+        PoolKind::Dir => 0,
+        PoolKind::Btrfs => 1,
+        PoolKind::Lvm => 3,
+        PoolKind::Zfs => 11,
+    };
+    let kinds = flags >> KINDS;
+    pairs.into_iter().all(fits) && (kinds == 0 || kinds & (1 << kind) != 0)
+}
+
+/// `CONNECT_LIST_ALL_STORAGE_POOLS`
 pub async fn list(call: Call) -> Answered {
     let (need_results, flags) = call.arguments(|r| Ok((r.i32()?, r.u32()?)))?;
-    // Three pairs of what they are, then the kinds.
-    call.known_flags(flags, 0x1f_ffff)?;
-    let groups = [(0x1, 0x2), (0x8, 0x4), (0x20, 0x10)];
-    let no = groups.iter().any(|(isnt, is)| flags & isnt != 0 && flags & is == 0);
-    let kinds = flags >> 6;
-    let mut found = if no { vec![] } else { pools(&call)? };
-    // Kinds: a directory is the first; what libvirt has no kind for counts as that too.
-    if kinds != 0 && kinds & 1 == 0 {
-        found.clear();
-    }
-    listed(found, need_results, |w, pool| write_pool(w, &pool))
+    call.known_flags(flags, 0xf_ffff)?;
+    let found = pools(&call)?.into_iter().filter(|p| is_wanted(p, flags)).collect();
+    listed(found, need_results, |w, pool: Row<Pool>| write_pool(w, &pool))
+}
+
+fn those(call: &Call, flags: u32) -> Result<Vec<Row<Pool>>, VirError> {
+    Ok(pools(call)?.into_iter().filter(|p| is_wanted(p, flags)).collect())
 }
 
 /// `CONNECT_NUM_OF_STORAGE_POOLS`
 pub async fn count(call: Call) -> Answered {
-    Ok(int(pools(&call)?.len() as i32))
+    Ok(int(those(&call, ACTIVE)?.len() as i32))
 }
 
 /// `CONNECT_NUM_OF_DEFINED_STORAGE_POOLS`: those that are not active.
-pub async fn count_defined(_: Call) -> Answered {
-    Ok(int(0))
+pub async fn count_defined(call: Call) -> Answered {
+    Ok(int(those(&call, INACTIVE)?.len() as i32))
 }
 
 /// `CONNECT_LIST_STORAGE_POOLS`
 pub async fn names(call: Call) -> Answered {
     let max = call.arguments(|r| r.i32())?;
-    some_names(pools(&call)?.iter().map(|p| &*p.name), max)
+    some_names(those(&call, ACTIVE)?.iter().map(|p| &*p.name), max)
 }
 
 /// `CONNECT_LIST_DEFINED_STORAGE_POOLS`
 pub async fn defined_names(call: Call) -> Answered {
-    some_names([], call.arguments(|r| r.i32())?)
+    let max = call.arguments(|r| r.i32())?;
+    some_names(those(&call, INACTIVE)?.iter().map(|p| &*p.name), max)
 }
 
 /// `STORAGE_POOL_LOOKUP_BY_NAME`
@@ -117,10 +159,14 @@ pub async fn by_volume(call: Call) -> Answered {
 
 /// `STORAGE_POOL_GET_INFO`
 pub async fn info(call: Call) -> Answered {
-    let usage = usage(&call, &*only(&call)?).await?;
+    let pool = only(&call)?;
+    let usage = usage(&call, &pool).await?;
     let mut w = Writer::new();
-    // State 2: running.
-    w.u32(2).u64(usage.total).u64(usage.used).u64(usage.total.saturating_sub(usage.used));
+    // virStoragePoolState: inactive, running.
+    w.u32(if pool.life.stopped { 0 } else { 2 })
+        .u64(usage.total)
+        .u64(usage.used)
+        .u64(usage.total.saturating_sub(usage.used));
     Ok(w.finish().into())
 }
 
@@ -135,20 +181,17 @@ pub async fn xml(call: Call) -> Answered {
 
 /// `STORAGE_POOL_GET_AUTOSTART`
 pub async fn autostart(call: Call) -> Answered {
-    only(&call)?;
-    Ok(flag(true))
+    Ok(flag(!only(&call)?.life.manual))
 }
 
 /// `STORAGE_POOL_IS_ACTIVE`
 pub async fn is_active(call: Call) -> Answered {
-    only(&call)?;
-    Ok(flag(true))
+    Ok(flag(!only(&call)?.life.stopped))
 }
 
 /// `STORAGE_POOL_IS_PERSISTENT`
 pub async fn is_persistent(call: Call) -> Answered {
-    only(&call)?;
-    Ok(flag(true))
+    Ok(flag(!only(&call)?.life.transient))
 }
 
 /// A volume as clients name it.
@@ -211,7 +254,7 @@ pub(super) fn volumes_of(call: &Call, pool: &Pool) -> Result<Vec<Found>, VirErro
 
 fn all_volumes(call: &Call) -> Result<Vec<Found>, VirError> {
     let mut all = vec![];
-    for pool in pools(call)? {
+    for pool in those(call, ACTIVE)? {
         all.extend(volumes_of(call, &pool)?);
     }
     Ok(all)
@@ -219,6 +262,7 @@ fn all_volumes(call: &Call) -> Result<Vec<Found>, VirError> {
 
 pub(super) fn volume(call: &Call, named: &VolumeName) -> Result<Found, VirError> {
     let pool = find(call, &named.pool)?;
+    demand_active(&pool)?;
     let mut all = volumes_of(call, &pool)?.into_iter();
     let found = all.find(|f| f.volume.id.to_string() == named.key);
     found.ok_or_else(|| no_volume(format!("no storage vol with matching name '{}'", named.name)))
@@ -229,12 +273,14 @@ pub async fn volumes(call: Call) -> Answered {
     let (named, need_results, flags) = call.arguments(|r| Ok((Named::read(r)?, r.i32()?, r.u32()?)))?;
     call.known_flags(flags, 0)?;
     let pool = find_uuid(&call, named.uuid)?;
+    demand_active(&pool)?;
     listed(volumes_of(&call, &pool)?, need_results, |w, found| found.write(w))
 }
 
 /// `STORAGE_POOL_NUM_OF_VOLUMES`
 pub async fn count_volumes(call: Call) -> Answered {
     let pool = only(&call)?;
+    demand_active(&pool)?;
     Ok(int(volumes_of(&call, &pool)?.len() as i32))
 }
 
@@ -242,6 +288,7 @@ pub async fn count_volumes(call: Call) -> Answered {
 pub async fn volume_names(call: Call) -> Answered {
     let (named, max) = call.arguments(|r| Ok((Named::read(r)?, r.i32()?)))?;
     let pool = find_uuid(&call, named.uuid)?;
+    demand_active(&pool)?;
     let all = volumes_of(&call, &pool)?;
     some_names(all.iter().map(|f| f.name.as_str()), max)
 }
@@ -250,6 +297,7 @@ pub async fn volume_names(call: Call) -> Answered {
 pub async fn volume_by_name(call: Call) -> Answered {
     let (named, name) = call.arguments(|r| Ok((Named::read(r)?, r.string()?)))?;
     let pool = find_uuid(&call, named.uuid)?;
+    demand_active(&pool)?;
     let found = volumes_of(&call, &pool)?.into_iter().find(|f| f.name == name);
     found.ok_or_else(|| no_volume(format!("no storage vol with matching name '{name}'")))?.answer()
 }

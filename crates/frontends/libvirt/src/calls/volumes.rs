@@ -3,7 +3,7 @@
 use super::{
     Answered, Named, encryption, nothing,
     power::ended,
-    storage::{Found, VolumeName, find_uuid, volume, volumes_of},
+    storage::{Found, VolumeName, demand_active, find_uuid, volume, volumes_of},
 };
 use crate::{
     error::{Code, Part, VirError},
@@ -62,6 +62,7 @@ pub async fn create(call: Call) -> Answered {
     // With metadata allocated, by reference, checked against the schema.
     call.known_flags(flags, 1 | 2 | 4)?;
     let pool = find_uuid(&call, named.uuid)?;
+    demand_active(&pool)?;
     let new = xml::storage::read_volume(&encryption::by_uuid(&call, &text)?)?;
     let size = new.capacity.ok_or_else(|| failed(Code::XmlError, "missing capacity element"))?;
     demand_free(&call, &pool, &new.name)?;
@@ -84,6 +85,7 @@ pub async fn create_from(call: Call) -> Answered {
         call.arguments(|r| Ok((Named::read(r)?, r.string()?, VolumeName::read(r)?, r.u32()?)))?;
     call.known_flags(flags, 1 | 2 | 4)?;
     let pool = find_uuid(&call, named.uuid)?;
+    demand_active(&pool)?;
     let from = volume(&call, &from)?;
     own(&from)?;
     let new = xml::storage::read_volume(&encryption::by_uuid(&call, &text)?)?;
@@ -132,6 +134,9 @@ const TRIM: u32 = 9;
 
 async fn wipe_volume(call: &Call, named: &VolumeName, algorithm: u32, flags: u32) -> Answered {
     call.known_flags(flags, 0)?;
+    if algorithm > TRIM {
+        return Err(failed(Code::InvalidArg, format!("wiping algorithm {algorithm} not supported")));
+    }
     if !matches!(algorithm, ZERO | TRIM) {
         let text =
             "a wiped volume reads as zeros, its space given back to the pool; patterns are not written";
@@ -171,12 +176,16 @@ pub async fn resize(call: Call) -> Answered {
     own(&found)?;
     let now = found.volume.size.map_or(0, |s| s.bytes());
     let wanted = match (flags & DELTA != 0, flags & SHRINK != 0) {
-        (true, true) => now.checked_sub(capacity),
+        // As libvirt has it: by no more than there is.
+        (true, true) => Some(now.saturating_sub(capacity)),
         (true, false) => now.checked_add(capacity),
         (false, _) => Some(capacity),
     };
-    let wanted =
-        wanted.filter(|w| *w > 0).ok_or_else(|| failed(Code::InvalidArg, "the capacity is out of range"))?;
+    let wanted = wanted.ok_or_else(|| failed(Code::InvalidArg, "the capacity is out of range"))?;
+    if wanted < now && flags & SHRINK == 0 {
+        let text = "Can't shrink capacity below current capacity unless shrink flag explicitly specified";
+        return Err(failed(Code::InvalidArg, text));
+    }
     if wanted < now {
         return Err(failed(
             Code::OperationUnsupported,

@@ -7,6 +7,7 @@ use super::{
 use crate::error::{Code, Part, VirError};
 use karst_model::{
     encryption::Encryption,
+    pool_life::FoundSource,
     storage::{Pool, PoolKind, Usage, Volume, VolumeContent},
 };
 use uuid::Uuid;
@@ -86,6 +87,25 @@ const KINDS: [(&str, &[&str]); 14] = [
 /// Does libvirt know such a kind of pools?
 pub fn is_kind(name: &str) -> bool {
     KINDS.iter().any(|(kind, _)| *kind == name)
+}
+
+/// The kind of Karst that is made by documents of one of libvirt's kinds.
+pub fn kind_of(name: &str) -> Option<PoolKind> {
+    let (_, of) = KINDS.iter().find(|(kind, _)| *kind == name)?;
+    PoolKind::ALL.iter().copied().find(|kind| of.contains(&kind.as_str()))
+}
+
+/// What of a host could become a pool of a kind.
+pub fn sources(kind: PoolKind, found: &[FoundSource]) -> String {
+    let source = |of: &FoundSource| {
+        let devices = of.devices.iter().map(|path| Element::new("device").with("path", path));
+        let mut source = Element::new("source").children(devices).child(Element::text("name", &of.name));
+        if kind == PoolKind::Lvm {
+            source.push(Element::new("format").with("type", "lvm2"));
+        }
+        source
+    };
+    Element::new("sources").children(found.iter().map(source)).document()
 }
 
 /// What kinds of pools there are on a host that can have those of the kinds `there`, and the formats of volumes in them.
@@ -355,12 +375,30 @@ mod tests {
                     kind: *kind,
                     description: String::new(),
                     config: Default::default(),
+                    life: Default::default(),
                     spec_version: 1,
                 };
                 super::pool(&pool, usage)
             };
             let read = read_pool(&shown(Usage { total: 10, used: 1, ..Default::default() })).unwrap();
             assert_eq!((read.driver.as_str(), read.source), (kind.as_str(), None));
+        }
+    }
+
+    #[test]
+    fn sources_are_told() {
+        let found = FoundSource { name: "vg0".into(), devices: vec!["/dev/sdb".into()] };
+        let shown = sources(PoolKind::Lvm, std::slice::from_ref(&found));
+        let root = crate::xml::read::document(&shown).unwrap();
+        let source = root.find("source").unwrap();
+        assert_eq!(source.find("name").unwrap().body(), "vg0");
+        assert_eq!(source.find("device").unwrap().attribute("path"), Some("/dev/sdb"));
+        assert_eq!(source.find("format").unwrap().attribute("type"), Some("lvm2"));
+        assert!(!sources(PoolKind::Zfs, &[found]).contains("format"));
+        for (name, kind) in
+            [("dir", Some(PoolKind::Dir)), ("zfs", Some(PoolKind::Zfs)), ("rbd", None), ("x", None)]
+        {
+            assert_eq!(kind_of(name), kind, "{name}");
         }
     }
 
