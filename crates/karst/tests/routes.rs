@@ -123,6 +123,7 @@ const COMMANDS: &[(&str, &str)] = &[
     ("DELETE /1.0/projects/{name}", "project delete acme"),
     ("POST /1.0/projects/{name}", "project rename acme emca"),
     ("PUT /1.0/projects/{name}", "project set acme limits.instances=3"),
+    ("PUT /1.0/karst/storage-pools/{name}", "storage stop fast"),
     ("POST /1.0/storage-pools", "storage create fast dir"),
     ("DELETE /1.0/storage-pools/{name}", "storage delete fast"),
     ("PUT /1.0/storage-pools/{name}", "storage set fast user.a=b"),

@@ -43,8 +43,9 @@ use karst_model::{
     device::Devices,
     guest::{ExecRequest, FileKind, FileWrite},
     instance::{InstanceKind, PowerAction},
+    pool_life::PoolChange,
     secret::SecretUse,
-    storage::VolumeContent,
+    storage::{PoolKind, VolumeContent},
     trust::CertificateKind,
 };
 use karst_testkit::{
@@ -180,6 +181,8 @@ async fn fixture(env: &SeededEnv) -> Fixture {
     e.acl_create(c, "default", "web", UpdateAcl::default()).await.unwrap();
     e.address_set_create(c, "default", "office", UpdateAddressSet::default()).await.unwrap();
     e.forward_create(c, "default", "net1", LISTEN, UpdateForward::default()).await.unwrap();
+    let pool = CreatePool { name: "resting".into(), driver: "dir".into(), ..Default::default() };
+    e.pool_define(c, pool).await.unwrap();
     let pool = CreatePool { name: "second".into(), driver: "dir".into(), ..Default::default() };
     let operation = e.pool_create(c, pool).await.unwrap();
     assert_eq!(w.ended(operation).await.error, None);
@@ -360,6 +363,14 @@ fn cases() -> Vec<Case> {
         pool_abilities ServerView |f, c, p| f.w.engine.pool_abilities(c, "default").await.map(drop);
         pool_usage ServerView |f, c, p| f.w.engine.pool_usage(c, "default").await.map(drop);
         pool_create ServerEdit |f, c, p| f.w.engine.pool_create(c, CreatePool { name: "third".into(), driver: "dir".into(), ..Default::default() }).await.map(drop);
+        pool_define ServerEdit |f, c, p| f.w.engine.pool_define(c, CreatePool { name: "fourth".into(), driver: "dir".into(), ..Default::default() }).await;
+        pool_change ServerEdit |f, c, p| f.w.engine.pool_change(c, "second", PoolChange::Stop).await.map(drop);
+        pool_stop ServerEdit |f, c, p| f.w.engine.pool_stop(c, "second").await;
+        pool_start ServerEdit |f, c, p| f.w.engine.pool_start(c, "resting").await;
+        pool_forget ServerEdit |f, c, p| f.w.engine.pool_forget(c, "resting").await;
+        pool_set_autostart ServerEdit |f, c, p| f.w.engine.pool_set_autostart(c, "second", false).await;
+        pool_refresh ServerView |f, c, p| f.w.engine.pool_refresh(c, "default").await.map(drop);
+        pool_sources ServerInspect |f, c, p| f.w.engine.pool_sources(c, PoolKind::Lvm).await.map(drop);
         pool_update ServerEdit |f, c, p| f.w.engine.pool_update(c, "default", Default::default()).await.map(drop);
         pool_delete ServerEdit |f, c, p| f.w.engine.pool_delete(c, "second").await.map(drop);
         operation_attend ServerEdit |f, c, p| f.w.engine.operation_attend(c, f.running, false).await;

@@ -31,6 +31,7 @@ use karst_model::{
     device::Devices,
     guest::{ExecRequest, FileKind, FileWrite},
     instance::{InstanceKind, PowerAction},
+    pool_life::PoolChange,
 };
 use karst_store::list_prefix;
 use karst_testkit::{World, scenarios::container};
@@ -269,6 +270,13 @@ fn cases() -> Vec<Case> {
         "pool with an unknown key" => Invalid, "config.size", "size", |w| w.engine.pool_create(&w.admin, CreatePool { name: "new".into(), driver: "dir".into(), config: config(&[("size", "1GiB")]), ..Default::default() });
         "pool with no truth value" => Invalid, "config.volume.full_copy", "boolean", |w| w.engine.pool_create(&w.admin, CreatePool { name: "new".into(), driver: "dir".into(), config: config(&[("volume.full_copy", "some")]), ..Default::default() });
         "pool with a taken name" => Conflict, "name", "default", |w| w.engine.pool_create(&w.admin, CreatePool { name: P.into(), driver: "dir".into(), ..Default::default() });
+        "definition of a pool with a taken name" => Conflict, "name", "default", |w| w.engine.pool_define(&w.admin, CreatePool { name: P.into(), driver: "dir".into(), ..Default::default() });
+        "definition of a pool with a taken id" => Conflict, "id", "default", |w| { let id = w.engine.pool(&w.admin, "default").unwrap().id; w.engine.pool_define(&w.admin, CreatePool { name: "new".into(), driver: "dir".into(), id: Some(id), ..Default::default() }) };
+        "start of an active pool" => Conflict, "", "active already", |w| w.engine.pool_change(&w.admin, "default", PoolChange::Start);
+        "stop of a pool from which a guest runs" => Conflict, "", "stop it first", |w| w.engine.pool_change(&w.admin, "default", PoolChange::Stop);
+        "what is in an active pool" => Conflict, "", "still active", |w| w.engine.pool_change(&w.admin, "default", PoolChange::Clear);
+        "an active pool that is to be forgotten" => Conflict, "", "still active", |w| w.engine.pool_forget(&w.admin, "default");
+        "autostart of a missing pool" => NotFound, "", "nope", |w| w.engine.pool_set_autostart(&w.admin, "nope", true);
         "delete of a used pool" => Conflict, "", "used", |w| w.engine.pool_delete(&w.admin, "default");
         "delete of a missing pool" => NotFound, "", "nope", |w| w.engine.pool_delete(&w.admin, "nope");
         "recovery of a pool of an unknown kind" => Invalid, "driver", "drr", |w| w.engine.recover_pool(&w.admin, &RecoverPool { name: "lost".into(), driver: "drr".into(), ..Default::default() });

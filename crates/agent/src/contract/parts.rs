@@ -93,6 +93,28 @@ pub(super) async fn pools(s: &Subject) {
     s.agent.pool_flush(&s.read(), pool).await.unwrap();
     refused(s.agent.pool_remove(&s.change(), pool).await, ErrorKind::Conflict);
     let at = VolumeRef { pool, volume: volume.id };
+    // Let go of: what is in it stays, and nobody gets it.
+    s.agent.pool_close(&s.change(), pool).await.unwrap();
+    s.agent.pool_close(&s.change(), pool).await.expect("twice is once");
+    refused(s.agent.pool_usage(&s.read(), pool).await, ErrorKind::Conflict);
+    refused(s.agent.pool_flush(&s.read(), pool).await, ErrorKind::Conflict);
+    refused(s.agent.volume_delete(&s.change(), at).await, ErrorKind::Conflict);
+    refused(s.agent.volume_usage(&s.read(), at).await, ErrorKind::Conflict);
+    refused(s.agent.pool_remove(&s.change(), pool).await, ErrorKind::Conflict);
+    let other = VolumeSpec { id: VolumeId(s.env.uuid()), ..volume.clone() };
+    refused(s.agent.volume_create(&s.change(), other).await, ErrorKind::Conflict);
+    let found = s.agent.pools_find(&s.read(), crate::PoolsFind { kind: None, source: None }).await.unwrap();
+    assert!(found.iter().any(|f| f.spec.id == pool), "it is known all the same");
+    let own = PoolSpec::own(pool, PoolKind::Dir);
+    s.agent.pool_open(&s.change(), own.clone()).await.unwrap();
+    s.agent.pool_open(&s.change(), own.clone()).await.expect("twice is once");
+    s.agent.volume_usage(&s.read(), at).await.expect("it is there again");
+    s.agent.pool_close(&s.change(), pool).await.unwrap();
+    s.agent.pool_ensure(&s.change(), own).await.expect("who makes a pool has it open");
+    let unknown = PoolSpec::own(PoolId(s.env.uuid()), PoolKind::Dir);
+    refused(s.agent.pool_open(&s.change(), unknown.clone()).await, ErrorKind::Unavailable);
+    s.agent.pool_close(&s.change(), unknown.id).await.expect("nobody has it open");
+    s.agent.pool_sources(&s.read(), PoolKind::Dir).await.map(|f| assert!(f.is_empty())).unwrap();
     s.agent.volume_delete(&s.change(), at).await.unwrap();
     s.agent.pool_remove(&s.change(), pool).await.unwrap();
     s.agent.pool_remove(&s.change(), pool).await.expect("twice is once");

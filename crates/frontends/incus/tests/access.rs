@@ -116,6 +116,7 @@ pub fn body(method: &Method, path: &str, image: &str) -> String {
         ("POST" | "DELETE", "/1.0/karst/access") => json!({"principal": "robot", "role": "user"}),
         ("PUT" | "PATCH", "/1.0/warnings/{uuid}") => json!({"status": "acknowledged"}),
         ("PUT", "/1.0/karst/registries/{host}") => json!({"user": "robot", "password": "s3cret"}),
+        ("PUT", "/1.0/karst/storage-pools/{name}") => json!({"autostart": true}),
         ("POST", "/1.0/karst/tokens") => json!({"name": "n9", "role": "viewer"}),
         ("POST", "/1.0/certificates") => json!({"name": "n9", "certificate": OTHER_CERTIFICATE}),
         ("PUT" | "PATCH", "/1.0/certificates/{fingerprint}") => json!({"name": "n9"}),

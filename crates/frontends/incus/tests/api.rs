@@ -645,6 +645,37 @@ async fn events_tell_what_happened() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn storage_pools_are_started_and_stopped() {
+    let s = Server::start().await;
+    let life = "/1.0/karst/storage-pools/p1";
+    let status = async |s: &Server| s.get("/1.0/storage-pools/p1").await.metadata()["status"].clone();
+    let made = s.post("/1.0/storage-pools", json!({"name": "p1", "driver": "dir"})).await;
+    assert_eq!(made.status, 201);
+    let shown = s.get(life).await.metadata();
+    assert_eq!(
+        (&shown["active"], &shown["autostart"], &shown["persistent"], &shown["built"]),
+        (&json!(true), &json!(true), &json!(true), &json!(true))
+    );
+    s.put(life, json!({"active": false, "autostart": false})).await.metadata();
+    let shown = s.get(life).await.metadata();
+    assert_eq!(
+        (&shown["active"], &shown["autostart"], &shown["built"], &shown["file_system"]),
+        (&json!(false), &json!(false), &json!(true), &Value::Null)
+    );
+    assert_eq!(status(&s).await, "Unavailable");
+    assert!(s.get("/1.0/storage-pools/p1/resources").await.refused(409).contains("not active"));
+    let volume = json!({"name": "v1", "content_type": "block", "config": {"size": "4MiB"}});
+    let made = s.post("/1.0/storage-pools/p1/volumes/custom", volume).await;
+    assert!(made.refused(409).contains("not active"));
+    assert!(s.put(life, json!({"active": false})).await.refused(409).contains("not active"));
+    s.put(life, json!({"active": "soon"})).await.refused(400);
+    s.put(life, json!({"active": true})).await.metadata();
+    assert_eq!(status(&s).await, "Created");
+    s.put("/1.0/karst/storage-pools/nope", json!({"active": true})).await.refused(404);
+    s.delete("/1.0/storage-pools/p1").await.metadata();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn storage_pools_live() {
     let s = Server::start().await;
     s.container("c1", false).await;

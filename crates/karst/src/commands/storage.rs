@@ -51,6 +51,27 @@ pub enum Storage {
         #[arg(long)]
         bytes: bool,
     },
+    /// Start a pool that is stopped
+    Start {
+        /// Its name
+        #[arg(add = complete(Kind::Pool))]
+        name: String,
+    },
+    /// Stop a pool: what is in it stays, and nothing can use it until it is started
+    Stop {
+        /// Its name
+        #[arg(add = complete(Kind::Pool))]
+        name: String,
+    },
+    /// Say that a pool begins with its host, as pools do that nobody has said anything of
+    Autostart {
+        /// Its name
+        #[arg(add = complete(Kind::Pool))]
+        name: String,
+        /// It does not
+        #[arg(long)]
+        disable: bool,
+    },
     /// Volumes
     #[command(subcommand)]
     Volume(Volume),
@@ -66,6 +87,17 @@ fn pool(name: &str) -> Object {
         name: name.to_owned(),
         fields: &["config", "description"],
     }
+}
+
+/// What Incus does not tell of a pool.
+fn life(name: &str) -> Url {
+    Url::new(&["karst", "storage-pools", name])
+}
+
+async fn change(context: &Context, name: &str, body: Value) -> Result<()> {
+    let client = &context.client;
+    let changed = client.change(hyper::Method::PUT, &life(name), &body, None).await;
+    changed.map(drop).about(client, Kind::Pool, name)
 }
 
 impl Storage {
@@ -98,14 +130,22 @@ impl Storage {
             }
             Self::Info { name, bytes } => {
                 let object = pool(&name);
-                let space = object.url.clone().join("resources");
-                let (answer, resources) = tokio::try_join!(client.get(&object.url), client.get(&space))
-                    .about(client, Kind::Pool, &name)?;
+                let answer = client.get(&object.url).await.about(client, Kind::Pool, &name)?;
                 // Servers of Incus do not say that.
-                let found = client.get(&Url::new(&["karst", "storage-pools", &name])).await.ok();
-                let can = found.map_or(Value::Null, |found| found.metadata["file_system"].clone());
-                output::print(&info(&answer.metadata, &resources.metadata, &can, bytes)?)
+                let life = client.get(&life(&name)).await.map_or(Value::Null, |found| found.metadata);
+                // One that is stopped tells no space.
+                let space = match life["active"].as_bool() {
+                    Some(false) => Value::Null,
+                    _ => {
+                        let space = client.get(&object.url.clone().join("resources")).await;
+                        space.about(client, Kind::Pool, &name)?.metadata
+                    }
+                };
+                output::print(&info(&answer.metadata, &space, &life, bytes)?)
             }
+            Self::Start { name } => change(context, &name, json!({"active": true})).await,
+            Self::Stop { name } => change(context, &name, json!({"active": false})).await,
+            Self::Autostart { name, disable } => change(context, &name, json!({"autostart": !disable})).await,
             Self::Volume(command) => command.run(context).await,
             Self::Common(command) => command.run(context, pool).await,
         }
@@ -113,17 +153,26 @@ impl Storage {
 }
 
 /// A pool for people, as YAML.
-fn info(pool: &Value, resources: &Value, can: &Value, exact: bool) -> Result<String> {
+fn info(pool: &Value, resources: &Value, life: &Value, exact: bool) -> Result<String> {
     let size = |value: &Value| {
         let value = value.as_u64().unwrap_or_default();
         if exact { value.to_string() } else { units::bytes(value) }
     };
     let mut shown = json!({"info": {
         "name": pool["name"], "description": pool["description"], "driver": pool["driver"],
-        "space used": size(&resources["space"]["used"]), "total space": size(&resources["space"]["total"]),
     }});
+    if !resources.is_null() {
+        shown["info"]["space used"] = json!(size(&resources["space"]["used"]));
+        shown["info"]["total space"] = json!(size(&resources["space"]["total"]));
+    }
+    // What is not as of most pools.
+    for key in ["active", "autostart", "persistent", "built"] {
+        if life[key].as_bool() == Some(false) {
+            shown["info"][key] = json!(false);
+        }
+    }
     // Names of what its file system can, and of what it cannot.
-    if let Some(can) = can.as_object() {
+    if let Some(can) = life["file_system"].as_object() {
         let those = |wanted: bool| {
             let all = can.iter().filter(|(_, value)| value.as_bool() == Some(wanted));
             all.map(|(name, _)| name.as_str()).collect::<Vec<_>>().join(", ")
@@ -152,8 +201,14 @@ mod tests {
             "used_by": ["/1.0/instances/c1", "/1.0/profiles/default?project=default", "/1.0/instances/c2"]});
         let resources = json!({"space": {"used": 1_073_741_824u64, "total": 2_147_483_648u64}});
         insta::assert_snapshot!(info(&pool, &resources, &Value::Null, false).unwrap());
-        let can = json!({"direct": true, "mapped": false, "owners": true});
-        let shown = info(&pool, &resources, &can, false).unwrap();
+        let life = json!({"active": true, "autostart": true,
+            "file_system": {"direct": true, "mapped": false, "owners": true}});
+        let shown = info(&pool, &resources, &life, false).unwrap();
         assert!(shown.contains("has: direct, owners") && shown.contains("lacks: mapped"), "{shown}");
+        assert!(!shown.contains("active") && !shown.contains("autostart"), "{shown}");
+        let life = json!({"active": false, "autostart": false, "file_system": null});
+        let shown = info(&pool, &Value::Null, &life, false).unwrap();
+        assert!(shown.contains("active: false") && shown.contains("autostart: false"), "{shown}");
+        assert!(!shown.contains("space"), "{shown}");
     }
 }

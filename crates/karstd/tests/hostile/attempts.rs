@@ -89,6 +89,7 @@ pub fn attempts(karstd: &Karstd) -> Vec<(&'static str, String, Value, Comes)> {
         |source: &str| json!({"id": id(7), "kind": "dir", "source": {"kind": "granted", "source": source}});
     for source in ["/etc", "../../etc", "", "/", "/dev/vda", "a\nb"] {
         add("pool_ensure", &format!("in {source:?}"), granted(source), Refused);
+        add("pool_open", &format!("in {source:?}"), granted(source), Refused);
         add("pool_survey", &format!("in {source:?}"), json!({"spec": granted(source)}), Refused);
         add("pools_find", &format!("in {source:?}"), json!({"kind": "dir", "source": source}), Refused);
     }
@@ -101,6 +102,10 @@ pub fn attempts(karstd: &Karstd) -> Vec<(&'static str, String, Value, Comes)> {
     add("pool_describe", "a volume of another pool", said(json!(id(99)), "x"), Nothing("it is left out"));
     add("pool_ensure", "of another kind", json!({"id": id(2), "kind": "btrfs"}), Refused);
     add("pool_remove", "with volumes", json!(pool()), Refused);
+    add("pool_close", "from which a guest runs", json!(pool()), Refused);
+    add("pool_close", "none", no_pool.clone(), GONE);
+    add("pool_sources", "of directories", json!("dir"), Nothing("there are none"));
+    add("pool_sources", "of no kind", json!("../../etc"), Refused);
     add("pool_usage", "of none", no_pool.clone(), Refused);
     for (what, which) in [("none", no_pool.clone()), ("one without a size", json!(pool()))] {
         add("pool_grow", what, json!({"pool": which, "size": u64::MAX}), Refused);

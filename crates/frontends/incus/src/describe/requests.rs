@@ -367,6 +367,13 @@ shapes! {
         "name", "driver", "used_by", "status", "locations",
     ]
 
+    /// Whether a storage pool is open on its hosts, and whether it begins with them.
+    POOL_LIFE_PUT "StoragePoolLifePut" {
+        "active": Flag, "autostart": Flag,
+    } carries [
+        "persistent", "built", "file_system",
+    ]
+
     /// The volume or snapshot (VOLUME/SNAPSHOT) that is copied.
     VOLUME_SOURCE "StorageVolumeSource" {
         "type": Word(&["", "none", "copy"]), "name": Text, "pool": Text, "project": Text,

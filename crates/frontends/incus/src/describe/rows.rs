@@ -231,7 +231,9 @@ static KARST_ROWS: &[Described] = described! {
     "GET" "/1.0/karst/openapi" "This document" [] Nothing => Sync(Map(&Any));
     "GET" "/1.0/karst/status" "This daemon, and whether its host answers now" [] Nothing => Sync(Object(&DAEMON));
     "GET" "/1.0/karst/storage-pools/{name}" "What Incus does not tell of a storage pool" [] Nothing =>
-        Sync(Object(&POOL_ABILITIES));
+        Sync(Object(&POOL_LIFE));
+    "PUT" "/1.0/karst/storage-pools/{name}" "Starts or stops a storage pool, and says whether it begins with its hosts" []
+        Json(&POOL_LIFE_PUT) => Done;
     "GET" "/1.0/karst/top" "What running instances have used so far" [ALL_PROJECTS, INSTANCE_TYPE, PROJECT] Nothing =>
         Sync(List(&Object(&USED)));
     "GET" "/1.0/karst/registries" "Who a project is at registries" [PROJECT] Nothing =>

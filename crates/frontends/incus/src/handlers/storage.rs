@@ -64,15 +64,45 @@ pub async fn resources(call: Call) -> Result<Reply> {
     })
 }
 
-/// `GET /1.0/karst/storage-pools/{name}`: what Incus does not tell of a pool: `{"file_system"}` says of a pool in a directory what the
-/// file system there can, as its host has tried: `owners`, `mapped`, `layers`, `limits`, `clones`, `links`, `holes`, `direct`,
-/// `attributes`; `null` of other pools.
+/// `GET /1.0/karst/storage-pools/{name}`: what Incus does not tell of a pool. `active`: its hosts have it open; `autostart`: it begins
+/// with them; `persistent`: its record outlives its stop; `built`: something of it is on its hosts. `file_system` says of an active
+/// pool in a directory what the file system there can, as its host has tried: `owners`, `mapped`, `layers`, `limits`, `clones`,
+/// `links`, `holes`, `direct`, `attributes`; `null` of other pools.
 ///
 /// # Errors
 /// Those of the engine.
-pub async fn file_system(call: Call) -> Result<Reply> {
-    let found = call.engine().pool_abilities(&call.context, call.param(0)).await?;
-    sync(&serde_json::json!({ "file_system": found }))
+pub async fn life(call: Call) -> Result<Reply> {
+    let life = call.engine().pool(&call.context, call.param(0))?.life;
+    let found = match life.stopped {
+        true => None,
+        false => call.engine().pool_abilities(&call.context, call.param(0)).await?,
+    };
+    sync(&serde_json::json!({
+        "active": !life.stopped, "autostart": !life.manual, "persistent": !life.transient,
+        "built": !life.unbuilt, "file_system": found,
+    }))
+}
+
+/// `PUT /1.0/karst/storage-pools/{name}`: starts or stops it by `active`, and says by `autostart` whether it begins with its hosts;
+/// what is not named stays.
+///
+/// # Errors
+/// Those of the engine; conflict when it is as it is wanted already.
+pub async fn change_life(call: Call) -> Result<Reply> {
+    let (call, mut f) = call.fields().await?;
+    let (has_active, has_autostart) = (f.has("active"), f.has("autostart"));
+    let (active, autostart) = (f.flag("active")?, f.flag("autostart")?);
+    f.finish(&["persistent", "built", "file_system"])?;
+    let (engine, name) = (call.engine(), call.param(0));
+    if has_autostart {
+        engine.pool_set_autostart(&call.context, name, autostart).await?;
+    }
+    match (has_active, active) {
+        (true, true) => engine.pool_start(&call.context, name).await?,
+        (true, false) => engine.pool_stop(&call.context, name).await?,
+        (false, _) => {}
+    }
+    Ok(empty())
 }
 
 /// `POST /1.0/storage-pools`
