@@ -167,9 +167,6 @@ shapes! {
         "running": Nullable(&Config),
     }
 
-    /// What Incus does not tell of a storage pool; `file_system` is null of those that are in no directory.
-    POOL_ABILITIES "StoragePoolAbilities" {
-        "file_system": Nullable(&Object(&ABILITIES)),
     /// What Incus does not tell of a storage pool; `file_system` is null of those that are not active or in no directory.
     POOL_LIFE "StoragePoolLife" {
         "active": Flag, "autostart": Flag, "persistent": Flag, "built": Flag, "file_system": Nullable(&Object(&ABILITIES)),
