@@ -30,6 +30,7 @@ pub mod keys;
 mod keys_container;
 pub mod keys_machine;
 pub mod label;
+pub mod layer;
 pub mod maximum;
 pub mod memory;
 pub mod name;

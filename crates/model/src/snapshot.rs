@@ -93,6 +93,30 @@ pub struct Snapshot {
     /// Grows with each change; base of the ETag.
     #[serde(default)]
     pub spec_version: u64,
+    /// It holds nothing itself: its disks went on in new layers then, and what they were lies below those.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub external: Option<External>,
+}
+
+/// A snapshot that is the moment in which disks went on in new layers.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct External {
+    /// The disks that did.
+    pub disks: Vec<ExternalDisk>,
+    /// The machine ran.
+    #[serde(default)]
+    pub running: bool,
+}
+
+/// A disk of an [`External`] snapshot, as it was called then.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ExternalDisk {
+    /// Its device.
+    pub device: String,
+    /// Its pool.
+    pub pool: String,
+    /// The layer that it went on in.
+    pub layer: String,
 }
 
 /// A snapshot of a custom volume.

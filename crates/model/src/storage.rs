@@ -5,6 +5,7 @@ use crate::{
     encryption::{self, Encryption},
     error::nearest,
     keys,
+    layer::Layers,
     pool_life::PoolLife,
     spec::{PoolOptions, PoolSource, PoolSpec},
 };
@@ -510,6 +511,9 @@ pub struct Volume {
     pub spec_version: u64,
     /// When it was made.
     pub created_at: Timestamp,
+    /// What of a disk lies over the file that it was made with.
+    #[serde(default, skip_serializing_if = "Layers::is_new")]
+    pub layers: Layers,
 }
 
 impl Volume {

@@ -12,6 +12,7 @@ use std::{
 pub async fn check(pool: &dyn PoolDriver, scratch: &Path) {
     trees(pool, scratch).await;
     disks(pool, scratch).await;
+    disk_layers(pool).await;
     refusals(pool, scratch).await;
     limits(pool, scratch).await;
     snapshots(pool, scratch).await;
@@ -289,6 +290,78 @@ async fn disks(pool: &dyn PoolDriver, scratch: &Path) {
     for f in [raw, flat] {
         std::fs::remove_file(f).unwrap();
     }
+}
+
+/// Layers of a disk, where volumes are files: what nobody names is not there, what is in layers is nothing else than a disk, and a
+/// disk that is one file again is one like any other.
+async fn disk_layers(pool: &dyn PoolDriver) {
+    let Some(layers) = pool.disk_layers() else { return };
+    let v = id();
+    let gone = layers.chain(v).await.unwrap_err();
+    assert!(gone.is(ErrorKind::NotFound), "{gone}");
+    let size = Some(ByteSize::mib(16));
+    let new = NewVolume { content: VolumeContent::Block, size, source: Source::Empty };
+    pool.create(v, &new).await.unwrap();
+    assert_eq!(layers.chain(v).await.unwrap(), [0]);
+    let user = 1_999_999_998;
+    for number in [2, 2, 5] {
+        layers.add(v, number).await.unwrap();
+    }
+    assert!(layers.add(v, 3).await.unwrap_err().is(ErrorKind::Invalid), "numbers grow");
+    let at = pool.locate(v, Some(user)).await.unwrap();
+    assert_eq!((at.format, at.chain.number), (Format::Qcow2, 5));
+    let below: Vec<_> = at.chain.below.iter().map(|f| (f.number, f.format)).collect();
+    assert_eq!(below, [(2, Format::Qcow2), (0, Format::Raw)]);
+    for path in at.chain.below.iter().map(|f| &f.path).chain([&at.path]) {
+        let m = std::fs::metadata(path).unwrap();
+        assert_eq!((m.uid(), m.mode() & 0o777), (user, 0o600), "{}", path.display());
+    }
+    assert_eq!(pool.resize(v, ByteSize::mib(32)).await.unwrap().size, Some(ByteSize::mib(32)));
+    assert!(pool.usage(v).await.unwrap().used < 4 << 20);
+
+    // What would make another disk of it, or would read a part of it, does nothing.
+    let other = id();
+    let copy = NewVolume { size: None, source: Source::Volume { volume: v, snapshot: None }, ..new };
+    let snapshots = pool.snapshots().unwrap();
+    let refused = [
+        pool.create(other, &copy).await.err(),
+        snapshots.create(v, SnapshotId(id().0)).await.err(),
+        pool.contents().unwrap().read(v, None).await.err(),
+        pool.contents().unwrap().replace(v, &Source::Empty).await.err(),
+    ];
+    for e in refused {
+        let e = e.unwrap();
+        assert!(e.is(ErrorKind::Conflict) && e.message.contains("layers"), "{e}");
+    }
+    assert!(pool.inspect(other).await.unwrap_err().is(ErrorKind::NotFound));
+
+    for _ in 0..2 {
+        layers.take_back(v, 5).await.unwrap();
+    }
+    assert!(layers.take_back(v, 0).await.is_ok() && layers.chain(v).await.unwrap() == [0, 2]);
+    layers.add(v, 6).await.unwrap();
+    for _ in 0..2 {
+        layers.keep(v, &[0, 6]).await.unwrap();
+    }
+    assert_eq!(layers.chain(v).await.unwrap(), [0, 6]);
+    assert!(layers.keep(v, &[9]).await.unwrap_err().is(ErrorKind::Invalid));
+    layers.keep(v, &[6]).await.unwrap();
+    let at = pool.locate(v, None).await.unwrap();
+    assert_eq!((at.chain.number, at.chain.below.len(), at.format), (6, 0, Format::Qcow2));
+    pool.resize(v, ByteSize::mib(48)).await.unwrap();
+
+    // It is one file, under whatever name.
+    pool.create(other, &copy).await.unwrap();
+    assert_eq!(pool.inspect(other).await.unwrap().size, Some(ByteSize::mib(48)));
+    let snapshot = SnapshotId(id().0);
+    snapshots.create(v, snapshot).await.unwrap();
+    snapshots.restore(v, snapshot).await.unwrap();
+    layers.add(v, 7).await.unwrap();
+    assert_eq!(layers.chain(v).await.unwrap().last(), Some(&7));
+    for v in [v, other] {
+        pool.delete(v).await.unwrap();
+    }
+    pool.settle().await;
 }
 
 async fn refusals(pool: &dyn PoolDriver, scratch: &Path) {

@@ -95,6 +95,11 @@ pub trait PoolDriver: Send + Sync {
         None
     }
 
+    /// Layers of disks, where volumes are files.
+    fn disk_layers(&self) -> Option<&dyn DiskLayers> {
+        None
+    }
+
     /// Texts that say what volumes are, where the pool can keep them.
     fn descriptions(&self) -> Option<&dyn Descriptions> {
         None
@@ -134,6 +139,24 @@ pub trait Contents: Send + Sync {
     async fn replace(&self, volume: VolumeId, source: &Source) -> Result<VolumeInfo>;
     /// Begins a content that somebody else writes.
     async fn begin(&self, volume: VolumeId) -> Result<Box<dyn Filling>>;
+}
+
+/// Layers of disks: files of a volume, each over the one before it. All calls are idempotent, and what they say is on disk when they
+/// answer. Who else has the disk open is the caller's business.
+#[async_trait]
+pub trait DiskLayers: Send + Sync {
+    /// The numbers of the volume's files, lowest first.
+    async fn chain(&self, volume: VolumeId) -> Result<Vec<u32>>;
+    /// Does an image lie below the lowest?
+    async fn has_base(&self, volume: VolumeId) -> Result<bool>;
+    /// Puts an empty layer over all; its number is higher than all before it.
+    async fn add(&self, volume: VolumeId, number: u32) -> Result<()>;
+    /// Takes the highest layer away, to which nothing was written; fine when it is not there.
+    async fn take_back(&self, volume: VolumeId, number: u32) -> Result<()>;
+    /// After a merge: of the files only these are left, and what lay below those that went does not matter any more.
+    async fn keep(&self, volume: VolumeId, left: &[u32]) -> Result<()>;
+    /// The lowest file has all that was in the image below it.
+    async fn leave_base(&self, volume: VolumeId) -> Result<()>;
 }
 
 /// Texts that say what the pool and its volumes are: for whoever has nothing but the pool. They go with their volumes.
@@ -295,6 +318,29 @@ pub struct Located {
     pub layers: Option<Layers>,
     /// Form of what is there.
     pub format: Format,
-    /// The read-only qcow2 file below a clone, for a QEMU that gets its block nodes spelled out.
+    /// The read-only qcow2 file below a clone, for a QEMU that gets its block nodes spelled out; of a disk in layers it is below the
+    /// lowest of them.
     pub backing: Option<PathBuf>,
+    /// The files below the one at `path`.
+    pub chain: FileChain,
+}
+
+/// Files of a disk in layers, beside the one that is written.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct FileChain {
+    /// The number of the one that is written.
+    pub number: u32,
+    /// Those below it, the next one first.
+    pub below: Vec<ChainFile>,
+}
+
+/// A file of a disk in layers.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ChainFile {
+    /// Its number.
+    pub number: u32,
+    /// Where.
+    pub path: PathBuf,
+    /// Form.
+    pub format: Format,
 }

@@ -1,7 +1,7 @@
 //! Pools on a file system that is mounted already: `dir` and `btrfs`.
 //!
 //! ```text
-//! POOL/volumes/<volume>/               a state: volume.json · rootfs/ [+ over/] (tree) | disk.img [+ base.img] (disk)
+//! POOL/volumes/<volume>/               a state: volume.json · rootfs/ [+ over/] (tree) | disk.img [+ base.img] [+ layer-N.img] (disk)
 //! POOL/snapshots/<volume>/<snapshot>/  a state
 //! POOL/images/<image>/                 a state to clone from, where clones are instant, or that trees lie over (`layers`)
 //! POOL/descriptions/                   what the pool and its volumes are (`descriptions`)
@@ -18,8 +18,8 @@
 //! privileges.
 
 use crate::{
-    Contents, Descriptions, Filling, Format, Located, NewVolume, OpenTree, PoolDriver, Reading, Snapshots,
-    Source, VolumeInfo, abilities, descriptions,
+    Contents, Descriptions, DiskLayers, Filling, Format, Located, NewVolume, OpenTree, PoolDriver, Reading,
+    Snapshots, Source, VolumeInfo, abilities, descriptions,
     driver::apart,
     filling::FileFilling,
     flush,
@@ -87,6 +87,11 @@ impl FilePool {
 
     fn snapshots_of(&self, volume: VolumeId) -> PathBuf {
         self.root.join("snapshots").join(volume.to_string())
+    }
+
+    /// The record of what is cloned of a disk that is one file: where a clone is a copy of that, it has the usual name.
+    fn cloned(&self, record: &Record) -> Record {
+        if self.states.instant() { record.clone() } else { record.as_one() }
     }
 
     fn state(&self, volume: VolumeId, snapshot: Option<SnapshotId>) -> PathBuf {
@@ -179,7 +184,15 @@ impl FilePool {
     /// `how`: what is copied, rather than cloned.
     async fn build_of(&self, work: &Path, new: &NewVolume, how: TreeMode) -> Result<Record> {
         let content = new.content;
-        let record = |format, size, based| Record { content, format, size, based, image: None, moved: None };
+        let record = |format, size, based| Record {
+            content,
+            format,
+            size,
+            based,
+            image: None,
+            moved: None,
+            chain: vec![],
+        };
         let at = work.to_owned();
         match (&new.source, new.content.is_disk()) {
             (Source::Empty, false) => {
@@ -265,6 +278,8 @@ impl FilePool {
                 if old.content.is_disk() != disk {
                     return Err(mismatch());
                 }
+                old.demand_one()?;
+                let old = self.cloned(&old);
                 let size = match (disk, old.size) {
                     (true, Some(old)) => Some(ByteSize(grown_size(new.size, old.0)?)),
                     _ => new.size,
@@ -286,20 +301,24 @@ impl FilePool {
 
     /// Makes the file of a disk larger; the record is the caller's.
     async fn grow(&self, state: &Path, record: &Record, size: ByteSize) -> Result<()> {
-        let disk = state.join("disk.img");
-        if record.format == Format::Raw {
+        let disk = state.join(record.disk());
+        if record.active_format() == Format::Raw {
             return blocking(move || grow_raw(&disk, size.0)).await;
         }
-        let at = state.to_owned();
+        let (at, grown) = (state.to_owned(), disk.clone());
+        let layer = record.active() > 0;
         // The worker has no guest's ids.
         blocking(move || {
             // Those of a machine that was killed would keep it from growing; no instance has checkpoints in them now.
-            states::forget_bitmaps(&at.join("disk.img"))?;
+            states::forget_bitmaps(&grown)?;
+            if layer {
+                states::forget_backing(&grown)?;
+            }
             states::give(&at, 0)
         })
         .await?;
         let mut sandbox = self.sandbox().writable("disk.img", open(&disk, true)?);
-        if record.based {
+        if record.based && !layer {
             sandbox = sandbox.readable("base.img", open(&state.join("base.img"), false)?);
         }
         let size = size.0.to_string();
@@ -345,6 +364,7 @@ impl FilePool {
                     based: false,
                     image: None,
                     moved: None,
+                    chain: vec![],
                 }
             }
             source => Box::pin(self.build(work.path(), &NewVolume { content, size: None, source })).await?,
@@ -495,7 +515,7 @@ async fn overlay(disk: &Path, size: u64) -> Result<()> {
 }
 
 /// `qemu-img` says in words that the disk is full.
-fn full(e: Error) -> Error {
+pub(crate) fn full(e: Error) -> Error {
     match &e.context {
         Some(c) if c.contains("No space left") || c.contains("quota exceeded") => {
             Error::quota("no space left in the pool").with_context(c)
@@ -513,7 +533,7 @@ fn done(ended: karst_host::sandbox::Ended) -> Result<()> {
 }
 
 pub(crate) fn info(id: VolumeId, r: Record) -> VolumeInfo {
-    VolumeInfo { id, content: r.content, format: r.format, size: r.size }
+    VolumeInfo { id, content: r.content, format: r.active_format(), size: r.size }
 }
 
 #[async_trait]
@@ -578,12 +598,14 @@ impl PoolDriver for FilePool {
         self.complete_on_disk(&dir).await?;
         if record.format == Format::Directory {
             let layers = self.layers(&dir, &record)?;
-            return Ok(Located { path: dir.join("rootfs"), layers, format: record.format, backing: None });
+            let (path, chain) = (dir.join("rootfs"), Default::default());
+            return Ok(Located { path, layers, format: record.format, backing: None, chain });
         }
         let at = dir.clone();
         blocking(move || states::give(&at, user.unwrap_or(0))).await?;
         let backing = record.based.then(|| dir.join("base.img"));
-        Ok(Located { path: dir.join("disk.img"), layers: None, format: record.format, backing })
+        let (path, format, chain) = (dir.join(record.disk()), record.active_format(), record.located(&dir));
+        Ok(Located { path, layers: None, format, backing, chain })
     }
 
     async fn open_tree(&self, volume: VolumeId) -> Result<OpenTree> {
@@ -726,6 +748,10 @@ impl PoolDriver for FilePool {
         Some(self)
     }
 
+    fn disk_layers(&self) -> Option<&dyn DiskLayers> {
+        Some(self)
+    }
+
     fn descriptions(&self) -> Option<&dyn Descriptions> {
         Some(self)
     }
@@ -753,6 +779,8 @@ impl Snapshots for FilePool {
 
     async fn create(&self, volume: VolumeId, snapshot: SnapshotId) -> Result<()> {
         let record = Record { moved: None, ..self.known(volume, None).await? };
+        record.demand_one()?;
+        let record = self.cloned(&record);
         let (from, to) = (self.dir(volume), self.state(volume, Some(snapshot)));
         let parent = self.snapshots_of(volume);
         let work = self.work();
@@ -805,7 +833,8 @@ impl Snapshots for FilePool {
     }
 
     async fn restore(&self, volume: VolumeId, snapshot: SnapshotId) -> Result<VolumeInfo> {
-        let record = self.known(volume, Some(snapshot)).await?;
+        self.known(volume, None).await?.demand_one()?;
+        let record = self.cloned(&self.known(volume, Some(snapshot)).await?);
         let (from, at, copied) = (self.state(volume, Some(snapshot)), self.work(), record.clone());
         let to = at.path().to_owned();
         self.with_states(move |states| states.clone(&from, &to, &copied, false)).await?;
@@ -837,8 +866,13 @@ impl Contents for FilePool {
             let mounted = layers.clone();
             let mount =
                 blocking(move || Ok(Held::new(karst_host::overlay::mount(&mounted, false, None)?))).await?;
-            let located =
-                Located { path: mount.path(), layers: Some(layers), format: record.format, backing: None };
+            let located = Located {
+                path: mount.path(),
+                layers: Some(layers),
+                format: record.format,
+                backing: None,
+                chain: Default::default(),
+            };
             return Ok(Reading { info: info(volume, record), located, guard: Some(Box::new(mount)) });
         }
         if record.moved.is_some() {
@@ -847,22 +881,27 @@ impl Contents for FilePool {
             let to = work.path().to_owned();
             self.with_states(move |states| states.clone(&dir, &to, &copied, true)).await?;
             let path = work.path().join("rootfs");
-            let located = Located { path, layers: None, format: record.format, backing: None };
+            let chain = Default::default();
+            let located = Located { path, layers: None, format: record.format, backing: None, chain };
             return Ok(Reading { info: info(volume, record), located, guard: Some(Box::new(work)) });
         }
-        let name = if record.content.is_disk() { "disk.img" } else { "rootfs" };
-        if record.format == Format::Qcow2 {
+        record.demand_one()?;
+        let name = if record.content.is_disk() { record.disk() } else { "rootfs".into() };
+        let format = record.active_format();
+        if format == Format::Qcow2 {
             // Whoever has it open keeps it, the next start gives it back; the worker that converts it has no guest's ids.
             let at = dir.clone();
             blocking(move || states::give(&at, 0)).await?;
         }
         let backing = record.based.then(|| dir.join("base.img"));
-        let located = Located { path: dir.join(name), layers: None, format: record.format, backing };
+        let (path, chain) = (dir.join(name), Default::default());
+        let located = Located { path, layers: None, format, backing, chain };
         Ok(Reading { info: info(volume, record), located, guard: None })
     }
 
     async fn replace(&self, volume: VolumeId, source: &Source) -> Result<VolumeInfo> {
         let old = self.known(volume, None).await?;
+        old.demand_one()?;
         // A tree keeps its own limit.
         let size = if old.content.is_disk() { None } else { old.size };
         let new = NewVolume { content: old.content, size, source: source.clone() };
@@ -880,6 +919,7 @@ impl Contents for FilePool {
 
     async fn begin(&self, volume: VolumeId) -> Result<Box<dyn Filling>> {
         let old = self.known(volume, None).await?;
+        old.demand_one()?;
         let work = self.work();
         let at = work.path().to_owned();
         let (tree, limit) = (!old.content.is_disk(), old.size.filter(|_| self.states.limits()));

@@ -29,7 +29,7 @@ impl Filling for FileFilling {
             if !old.content.is_disk() {
                 std::fs::rename(at.join("tree"), at.join("rootfs"))?;
                 let format = Format::Directory;
-                return Ok(Record { format, based: false, image: None, moved: None, ..old });
+                return Ok(Record { format, based: false, image: None, moved: None, chain: vec![], ..old });
             }
             let disk = File::options().write(true).open(at.join("disk.img"))?;
             let came = disk.metadata()?.len().next_multiple_of(512);
@@ -42,7 +42,7 @@ impl Filling for FileFilling {
             disk.set_len(size)?;
             disk.sync_all()?;
             set_mode(&at.join("disk.img"), 0o600)?;
-            Ok(Record { format: Format::Raw, based: false, size: Some(ByteSize(size)), ..old })
+            Ok(Record { format: Format::Raw, based: false, size: Some(ByteSize(size)), chain: vec![], ..old })
         })
         .await?;
         let pool = work.pool.clone();

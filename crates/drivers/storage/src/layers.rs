@@ -122,6 +122,7 @@ impl FilePool {
             based: false,
             image: Some(image),
             moved: None,
+            chain: vec![],
         };
         // Under the lock: who looks for images that nothing lies over finds this one's record.
         let _one = self.taking.lock().await;

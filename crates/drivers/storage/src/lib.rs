@@ -2,6 +2,7 @@
 #![allow(clippy::disallowed_methods)] // drivers and their tests are the real world
 
 mod abilities;
+mod chain;
 pub mod contract;
 mod descriptions;
 mod driver;

@@ -120,6 +120,7 @@ mod tests {
             based: false,
             image: None,
             moved: None,
+            chain: vec![],
         };
         let owners = || ["a", "b"].map(|n| std::fs::metadata(state.join("rootfs").join(n)).unwrap().uid());
         let now = || Record::read(state).unwrap().unwrap();

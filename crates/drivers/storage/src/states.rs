@@ -41,6 +41,9 @@ pub(crate) struct Record {
     /// Whose the files of a tree are on disk, if not those of the guest as they are: see [`crate::moved`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub moved: Option<Moved>,
+    /// Files of a disk in layers, lowest first: see [`crate::chain`]. None: `disk.img` alone.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub chain: Vec<u32>,
 }
 
 impl Record {
@@ -120,6 +123,22 @@ pub(crate) fn forget_bitmaps(disk: &Path) -> Result<()> {
     Ok(())
 }
 
+/// Lets a qcow2 file forget what it says lies below it: that is in no record of ours, and what QEMU has written there at the end of a
+/// merge leads nowhere. Source: QEMU's `docs/interop/qcow2.txt`, `backing_file_offset` and `backing_file_size`.
+pub(crate) fn forget_backing(disk: &Path) -> Result<()> {
+    const MAGIC: &[u8] = b"QFI\xfb";
+    let file = File::options().read(true).write(true).custom_flags(NO_FOLLOW).open(disk)?;
+    let mut head = [0; 20];
+    match file.read_exact_at(&mut head, 0) {
+        Err(e) if e.kind() == io::ErrorKind::UnexpectedEof => return Ok(()),
+        other => other?,
+    }
+    if head.starts_with(MAGIC) && head[8..] != [0; 12] {
+        file.write_all_at(&[0; 12], 8)?;
+    }
+    Ok(())
+}
+
 const NO_FOLLOW: i32 = rustix::fs::OFlags::NOFOLLOW.bits() as i32;
 
 /// Plain directories: a clone shares blocks where the file system can, and is a copy otherwise.
@@ -159,7 +178,9 @@ impl States for Directories {
             if record.based {
                 link_or_copy(&from.join("base.img"), &to.join("base.img"))?;
             }
-            copy_file(&from.join("disk.img"), &to.join("disk.img"), 0o600, TreeMode::Plain)?;
+            // `record` is of the copy, which is one file under the usual name.
+            let of = Record::read(from)?.map_or_else(|| "disk.img".to_owned(), |r| r.disk());
+            copy_file(&from.join(of), &to.join("disk.img"), 0o600, TreeMode::Plain)?;
             if record.format == Format::Qcow2 {
                 forget_bitmaps(&to.join("disk.img"))?;
             }
@@ -329,7 +350,11 @@ pub(crate) fn link_or_copy(from: &Path, to: &Path) -> Result<()> {
 pub(crate) fn used(state: &Path, record: &Record) -> Result<(u64, u64)> {
     if record.content.is_disk() {
         // The base is shared with the image and counts there.
-        return Ok((std::fs::symlink_metadata(state.join("disk.img"))?.blocks() * 512, 0));
+        let mut bytes = 0;
+        for number in record.numbers() {
+            bytes += std::fs::symlink_metadata(state.join(crate::chain::file(number)))?.blocks() * 512;
+        }
+        return Ok((bytes, 0));
     }
     // What an image's tree below it takes counts there.
     let tree = if record.image.is_some() { "over/upper" } else { "rootfs" };
@@ -342,9 +367,11 @@ pub(crate) fn give(state: &Path, user: u32) -> Result<()> {
         Err(e) if keeps_no_owners(&e) => Ok(()),
         other => other,
     };
-    let disk = state.join("disk.img");
-    if std::fs::symlink_metadata(&disk)?.uid() != user {
-        owned(std::os::unix::fs::lchown(&disk, Some(user), Some(user)))?;
+    let numbers = Record::read(state)?.map_or_else(|| vec![0], |record| record.numbers());
+    for disk in numbers.into_iter().map(|n| state.join(crate::chain::file(n))) {
+        if std::fs::symlink_metadata(&disk)?.uid() != user {
+            owned(std::os::unix::fs::lchown(&disk, Some(user), Some(user)))?;
+        }
     }
     if std::fs::symlink_metadata(state)?.gid() != user {
         owned(std::os::unix::fs::lchown(state, Some(0), Some(user)))?;
@@ -397,5 +424,22 @@ mod tests {
         let link = dir.path().join("link");
         std::os::unix::fs::symlink(&disk, &link).unwrap();
         assert!(forget_bitmaps(&link).is_err(), "no link is followed");
+    }
+
+    #[test]
+    fn a_qcow2_file_forgets_what_it_says_lies_below_it_and_nothing_else() {
+        let dir = tempfile::tempdir().unwrap();
+        let disk = dir.path().join("disk.img");
+        let mut layer = vec![7; 100];
+        layer[..8].copy_from_slice(b"QFI\xfb\0\0\0\x03");
+        std::fs::write(&disk, &layer).unwrap();
+        forget_backing(&disk).unwrap();
+        layer[8..20].fill(0);
+        assert_eq!(std::fs::read(&disk).unwrap(), layer);
+        for other in [vec![7; 100], vec![1; 19]] {
+            std::fs::write(&disk, &other).unwrap();
+            forget_backing(&disk).unwrap();
+            assert_eq!(std::fs::read(&disk).unwrap(), other);
+        }
     }
 }

@@ -42,7 +42,7 @@ impl Contents for ObjectPool {
         };
         Ok(Reading {
             info: info(volume, kept),
-            located: Located { path, layers: None, format, backing: None },
+            located: Located { path, layers: None, format, backing: None, chain: Default::default() },
             // In this order: what is mounted cannot be freed.
             guard: Some(Box::new((place, work))),
         })

@@ -628,10 +628,12 @@ impl PoolDriver for ObjectPool {
         let place = self.place(volume);
         if kept.content.is_disk() {
             let path = self.node(Object::Volume(volume), place, user.unwrap_or(0)).await?;
-            return Ok(Located { path, layers: None, format: Format::Raw, backing: None });
+            let chain = Default::default();
+            return Ok(Located { path, layers: None, format: Format::Raw, backing: None, chain });
         }
         self.mount(Object::Volume(volume), kept, place.clone()).await?;
-        Ok(Located { path: place.join("rootfs"), layers: None, format: Format::Directory, backing: None })
+        let (path, chain) = (place.join("rootfs"), Default::default());
+        Ok(Located { path, layers: None, format: Format::Directory, backing: None, chain })
     }
 
     async fn usage(&self, volume: VolumeId) -> Result<Usage> {
