@@ -6,6 +6,7 @@ use karst_model::{
     CheckpointId, DiskBackupId, Error, InstanceId, MemoryJobId, Result, SnapshotId, VolumeId,
     display::{DisplayGuard, DisplayProtocol},
     instance::InstanceKind,
+    layer::Merge,
     memory::{DumpFormat, MemoryEnd, MemoryState},
     news::MachineNews,
 };
@@ -96,6 +97,11 @@ pub trait GuestDriver: Send + Sync {
 
     /// Copies disks of guests that run; `None` where the kind cannot.
     fn disk_copies(&self) -> Option<&dyn DiskCopies> {
+        None
+    }
+
+    /// Puts layers over disks of guests that run, and merges them; `None` where the kind cannot.
+    fn disk_merges(&self) -> Option<&dyn DiskMerges> {
         None
     }
 
@@ -268,6 +274,46 @@ pub trait DiskCopies: Send + Sync {
 
     /// Sets the bytes a second that it may copy; 0: as fast as it goes. Conflict when there is none.
     async fn set_speed(&self, instance: InstanceId, to: VolumeId, speed: u64) -> Result<()>;
+}
+
+/// A layer that a guest is to go on in.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NewLayer {
+    /// Where the disk is.
+    pub disk: PathBuf,
+    /// Where the layer is: an empty qcow2 file of the disk's size.
+    pub path: PathBuf,
+    /// Its number among the files of the disk; higher than all.
+    pub number: u32,
+}
+
+/// Files of a disk of a guest that runs, to be made one.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DiskMerge {
+    /// What the merge is called: the volume that is the disk.
+    pub volume: VolumeId,
+    /// Where the disk is.
+    pub path: PathBuf,
+    /// Which files.
+    pub merge: Merge,
+    /// Bytes a second at most; 0: as fast as it goes.
+    pub speed: u64,
+}
+
+/// Puts layers over disks of guests that run, and merges them. One call at a time for each guest matters; all may be called again
+/// after a crash.
+#[async_trait]
+pub trait DiskMerges: Send + Sync {
+    /// Lets the guest go on in new layers of its disks, all at one moment or none. What an earlier call has done stays.
+    async fn add(&self, instance: InstanceId, layers: Vec<NewLayer>) -> Result<()>;
+
+    /// Takes from the guest what an [`DiskMerges::add`] that failed has left; answers whether it goes on in the layers all the same.
+    async fn take_back(&self, instance: InstanceId, layers: Vec<NewLayer>) -> Result<bool>;
+
+    /// Begins a merge; one of this name that there is already goes on. How far it is [`DiskCopies::state`] tells, how fast it may
+    /// be [`DiskCopies::set_speed`] says and [`DiskCopies::end`] ends it, by this name: the guest's disk is what is left after
+    /// a pivot, and what it was after all else. One that does not take the active layer away is ready when it has ended.
+    async fn merge(&self, instance: InstanceId, merge: DiskMerge) -> Result<()>;
 }
 
 /// What of a guest's memory is to be written.

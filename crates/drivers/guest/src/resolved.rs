@@ -211,6 +211,29 @@ pub struct ResolvedDisk {
     /// Of a directory that a virtual machine shares: its tag, and how it is shared.
     #[serde(default, skip_serializing_if = "Share::is_usual")]
     pub share: Share,
+    /// The files below the one at `path`, of a disk in layers.
+    #[serde(default)]
+    pub chain: DiskChain,
+}
+
+/// Files of a disk in layers, beside the one that is written.
+#[derive(Debug, Clone, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct DiskChain {
+    /// The number of the one that is written.
+    pub number: u32,
+    /// Those below it, the next one first.
+    pub below: Vec<LowerFile>,
+}
+
+/// A file of a disk in layers.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct LowerFile {
+    /// Its number.
+    pub number: u32,
+    /// Where.
+    pub path: PathBuf,
+    /// Form.
+    pub format: DiskFormat,
 }
 
 /// An open path of the host. Two are equal when they are the same descriptor.

@@ -66,6 +66,7 @@ pub fn disk(name: &str, slot: &str, path: impl Into<PathBuf>, format: DiskFormat
         pci: None,
         boot_priority: 0,
         share: Default::default(),
+        chain: Default::default(),
     }
 }
 

@@ -6,7 +6,7 @@
 
 use crate::{
     board,
-    devices::{Bus, Disk, Layout, MAX_DISKS, MAX_NICS, Nic, virtio},
+    devices::{Bus, Disk, Layout, MAX_DISKS, MAX_NICS, Nic, layer_set, virtio},
     directories::{Directory, MAX_DIRECTORIES, Way},
     given, ports, threads,
 };
@@ -76,6 +76,8 @@ pub mod fd {
     pub const DIRECTORY: i32 = 200;
     /// What opens the first disk, where it is encrypted.
     pub const KEY: i32 = 600;
+    /// Of the first file below another one, of all disks in layers.
+    pub const LAYER: i32 = 500;
     /// Of the first port; each has this and the next, which is of its log.
     pub const PORT: i32 = 300;
     /// First device of the host.
@@ -533,6 +535,7 @@ pub fn argv(m: &Machine) -> Result<Vec<String>> {
         let text = "there is no controller of USB that a disk could be at; set hardware.usb";
         return Err(Error::invalid("config.hardware.usb", text));
     }
+    let mut lower = fd::LAYER;
     for (i, disk) in m.disks.iter().enumerate() {
         let (file_set, base_set) = disk.fd_sets()?;
         let number = fd::DISK + 2 * i as i32;
@@ -541,7 +544,11 @@ pub fn argv(m: &Machine) -> Result<Vec<String>> {
             if disk.encrypted {
                 opt("-object", disk.key(fd::KEY + i as i32).to_string());
             }
-            sets.push((file_set, number, "disk"));
+            sets.push((layer_set(file_set, disk.layer), number, "disk"));
+            for (layer, _) in &disk.below {
+                sets.push((layer_set(file_set, *layer), lower, "layer"));
+                lower += 1;
+            }
             if disk.cloned {
                 sets.push((base_set, number + 1, "base"));
             }

@@ -422,7 +422,10 @@ async fn scratch(
 
 /// A disk of its own at that place.
 fn at_path(disk: &ResolvedDisk, to: &Path) -> ResolvedDisk {
-    ResolvedDisk { path: to.to_owned(), format: DiskFormat::Raw, backing: None, ..disk.clone() }
+    {
+        let chain = Default::default();
+        ResolvedDisk { path: to.to_owned(), format: DiskFormat::Raw, backing: None, chain, ..disk.clone() }
+    }
 }
 
 /// Waits until a job has ended.

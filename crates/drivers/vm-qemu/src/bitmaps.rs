@@ -216,7 +216,7 @@ pub(crate) fn disk_at(machine: &Inner, path: &Path) -> Option<ResolvedDisk> {
 pub(crate) async fn tracked(machine: &Inner, qmp: &Qmp, nodes: &Value, path: &Path) -> Result<Tracked> {
     let disk = disk_at(machine, path);
     let disk = disk.ok_or_else(|| Error::not_found("the guest has no such disk that it writes to"))?;
-    let node = plug::side(qmp, &disk.slot).await?.name('i', &disk.slot);
+    let node = plug::side(qmp, &disk.slot).await?.of_layer('i', &disk.slot, disk.chain.number);
     let bitmaps = of(nodes, &node);
     Ok(Tracked { disk, node, bitmaps })
 }
@@ -246,6 +246,13 @@ pub(crate) async fn plan(
     let mut actions = vec![];
     for MarkedDisk { path, before } in &new.disks {
         let at = tracked(machine, qmp, nodes, path).await?;
+        if !at.disk.chain.below.is_empty() {
+            let disk = &at.disk.name;
+            let text = format!(
+                "the disk {disk:?} has layers, and a checkpoint would follow the highest alone; merge them first"
+            );
+            return Err(Error::unsupported(text).at(format!("devices.{disk}")));
+        }
         if at.disk.format != DiskFormat::Qcow2 {
             let disk = &at.disk.name;
             let text = format!(

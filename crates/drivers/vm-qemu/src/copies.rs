@@ -62,6 +62,9 @@ struct Copying {
     stage: Stage,
     /// The machine stands still for the end, and is to run again.
     resume: bool,
+    /// It is no copy: files of the disk are made one, and `to` is the disk's own volume.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    merge: Option<merges::Merging>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -73,6 +76,8 @@ enum Stage {
     /// It does.
     Pivoted,
 }
+
+pub(crate) mod merges;
 
 fn read(dir: &Path) -> Result<Vec<Copying>> {
     Ok(karst_guest::record::read(dir, FILE)?.unwrap_or_default())
@@ -289,14 +294,19 @@ pub(crate) async fn begin(machine: &Machine, copy: DiskCopy) -> Result<()> {
             "an encrypted disk is copied while its guest does not run, as a volume: QEMU would write what it decrypted",
         ));
     }
+    if !disk.chain.below.is_empty() {
+        let text = "the disk has layers, which do not go along; merge them first (blockcommit or blockpull)";
+        return Err(Error::conflict(text));
+    }
     if disk.shared {
         return Err(Error::unsupported(
             "a disk that other machines may write is copied while none of those that have it runs",
         ));
     }
     let side = side(machine, &slot).await?.other();
-    let disk = ResolvedDisk { path: copy.path, format: copy.format, backing: copy.backing, ..disk };
-    let entry = Copying { to: copy.to, slot, side, disk, stage: Stage::Copying, resume: false };
+    let (path, chain) = (copy.path, Default::default());
+    let disk = ResolvedDisk { path, format: copy.format, backing: copy.backing, chain, ..disk };
+    let entry = Copying { to: copy.to, slot, side, disk, stage: Stage::Copying, resume: false, merge: None };
     put(&machine.dir, &entry).await?;
     let began = start(machine, &entry, copy.speed, copy.synchronous).await;
     if let Err(e) = began {
@@ -521,7 +531,11 @@ async fn pivot(machine: &Machine, mut entry: Copying) -> Result<()> {
         put(&machine.dir, &entry).await?;
     }
     go_on(machine, &mut entry).await?;
-    if let Err(e) = sweep(machine, &entry.slot, entry.side.other()).await {
+    let swept = match &entry.merge {
+        Some(merging) => merges::sweep(machine, &entry, merging).await,
+        None => sweep(machine, &entry.slot, entry.side.other()).await,
+    };
+    if let Err(e) = swept {
         // As at the beginning; until then QEMU has the old disk open.
         tracing::warn!(slot = %entry.slot, error = %e, context = e.context, "what a guest has left could not be taken from QEMU");
     }
@@ -530,6 +544,9 @@ async fn pivot(machine: &Machine, mut entry: Copying) -> Result<()> {
 
 /// Has a change-over that was broken off come to its end? Nothing leads back then, even if it is not written down yet.
 async fn has_gone_over(machine: &Inner, entry: &Copying) -> Result<bool> {
+    if let Some(merging) = &entry.merge {
+        return merges::has_gone_over(machine, entry, merging).await;
+    }
     Ok(entry.stage == Stage::Pivoting && side(machine, &entry.slot).await? == entry.side)
 }
 
@@ -538,12 +555,18 @@ async fn stays(machine: &Inner, entry: &Copying, asked: bool) -> bool {
     let settled =
         !asked || job(machine, &entry.slot).await.is_ok_and(|job| job.is_none_or(|j| j.has_ended()));
     // In this order: a job that has ended changes nothing any more.
+    if entry.merge.is_some() {
+        return settled && has_gone_over(machine, entry).await.is_ok_and(|over| !over);
+    }
     settled && side(machine, &entry.slot).await.is_ok_and(|now| now != entry.side)
 }
 
 /// The machine stands still: its device gets the copy, and the record and the limits follow. Notes when the change-over is
 /// `asked` for: from then on QEMU may do it at any time.
 async fn change_over(machine: &Inner, entry: &Copying, asked: &mut bool) -> Result<()> {
+    if entry.merge.is_some() {
+        return merges::change_over(machine, entry, asked).await;
+    }
     let slot = &entry.slot;
     if side(machine, slot).await? != entry.side {
         if !job(machine, slot).await?.ok_or_else(gone)?.has_ended() {
@@ -575,6 +598,7 @@ async fn change_over(machine: &Inner, entry: &Copying, asked: &mut bool) -> Resu
         let disk = disk.ok_or_else(|| Error::internal("the guest's disk is not known", slot))?;
         (disk.path, disk.format, disk.backing) =
             (entry.disk.path.clone(), entry.disk.format, entry.disk.backing.clone());
+        disk.chain = entry.disk.chain.clone();
         let limits = Disk::new(disk, false, true).throttle();
         if root {
             record.root.clone_from(&entry.disk.path);
@@ -617,7 +641,10 @@ async fn leave(machine: &Machine, mut entry: Copying, finish: bool) -> Result<()
     entry.stage = Stage::Copying;
     go_on(machine, &mut entry).await?;
     stopped?;
-    sweep(machine, &entry.slot, entry.side).await?;
+    match entry.merge {
+        Some(_) => merges::forget(machine, &entry.slot).await?,
+        None => sweep(machine, &entry.slot, entry.side).await?,
+    }
     remove(&machine.dir, entry.to).await
 }
 

@@ -5,6 +5,9 @@
 //! clone), the group of its limits `t-SLOT`, and its descriptor sets. So what belongs to a slot can be found and removed
 //! without knowing how far a plugging went.
 //!
+//! A disk in layers has a file node and a format node of each of its files, which have the file's number behind the slot
+//! ([`Side::of_layer`]); the highest is below the limits.
+//!
 //! All but the device there is twice ([`Side`]): a disk that is copied while the machine runs has its copy on the other side,
 //! and a machine that goes on from the copy drives that one from then on. Which of the two it is, QEMU says.
 
@@ -13,12 +16,15 @@ use karst_guest::{DiskFormat, ResolvedDisk, ResolvedLink, ResolvedNic};
 use karst_model::{
     Error, Result,
     device::{DiskCache, DiskIo, NicModel, RATE_WORDS, Rates},
+    layer::MOST_MADE,
     options::{DiskOptions, NicOptions, NicSender, OnError, Virtio},
 };
 use serde_json::{Value, json};
 
 /// Disks of one machine.
 pub const MAX_DISKS: usize = 64;
+/// Files below others, of all disks of one machine.
+pub const MAX_LOWER: usize = 48;
 /// NICs of one machine.
 pub const MAX_NICS: usize = 16;
 /// Ports of the SATA controller.
@@ -214,6 +220,14 @@ impl Side {
         }
     }
 
+    /// The same of a file of a disk in layers, by its number.
+    pub fn of_layer(self, kind: char, slot: &str, number: u32) -> String {
+        match number {
+            0 => self.name(kind, slot),
+            n => format!("{}.l{n}", self.name(kind, slot)),
+        }
+    }
+
     /// The filter that QEMU puts above a disk of this side while it is copied.
     pub fn filter(self, slot: &str) -> String {
         self.name('m', slot)
@@ -242,6 +256,19 @@ pub fn fd_sets(field: &str, slot: &str, side: Side) -> Result<(u32, u32)> {
     let n = first + 2 * Bus::of(field, slot)?.number();
     Ok((n, n + 1))
 }
+
+/// The descriptor set of a file of a disk in layers. `first` is that of the file with which the disk was made.
+pub fn layer_set(first: u32, number: u32) -> u32 {
+    first + LAYER_SETS * number.min(MOST_MADE)
+}
+
+/// The number of the file whose set `set` is, if it is one of that disk's.
+pub fn layer_of_set(first: u32, set: u32) -> u32 {
+    set.saturating_sub(first) / LAYER_SETS
+}
+
+/// More than there are sets of files with which disks are made.
+const LAYER_SETS: u32 = 4096;
 
 /// A disk.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -282,6 +309,10 @@ pub struct Disk {
     pub serial: bool,
     /// It is a container of LUKS.
     pub encrypted: bool,
+    /// The number of its file among those of a disk in layers.
+    pub layer: u32,
+    /// Numbers and formats of the files below it, the next one first.
+    pub below: Vec<(u32, DiskFormat)>,
 }
 
 /// Higher priorities boot first; of the same, disks before NICs and lower slots first. QEMU counts from 1 upwards, and
@@ -312,6 +343,8 @@ impl Disk {
             boot_priority: disk.boot_priority,
             serial,
             encrypted: disk.io.secret.is_some(),
+            layer: disk.chain.number,
+            below: disk.chain.below.iter().map(|f| (f.number, f.format)).collect(),
         }
     }
 
@@ -394,7 +427,7 @@ impl Disk {
     /// Invalid for a directory.
     pub fn nodes(&self) -> Result<Vec<Value>> {
         let name = |kind| self.side.name(kind, &self.slot);
-        let (file_set, base_set) = self.fd_sets()?;
+        let (_, base_set) = self.fd_sets()?;
         let mut nodes = vec![];
         if self.cloned {
             nodes.push(json!({
@@ -406,25 +439,59 @@ impl Disk {
                 "read-only": true, "backing": null,
             }));
         }
+        let mut below = self.cloned.then(|| name('b'));
+        for (number, format) in self.below.iter().rev() {
+            nodes.extend(self.file_nodes(*number, *format, below.take(), true)?);
+            below = Some(self.side.of_layer('i', &self.slot, *number));
+        }
+        nodes.extend(self.file_nodes(self.layer, self.format, below, self.readonly)?);
+        nodes.push(json!({
+            "driver": "throttle", "node-name": self.top(), "throttle-group": name('t'),
+            "file": self.image(), "read-only": self.readonly,
+            // Without this no discard of a guest gets past it, and no hole into a copy.
+            "discard": "unmap",
+        }));
+        Ok(nodes)
+    }
+
+    /// Name of the node of its format: of the file that is written.
+    pub fn image(&self) -> String {
+        self.side.of_layer('i', &self.slot, self.layer)
+    }
+
+    /// The nodes of one of its files, over the node `below`. What is not written is opened to be written all the same: a merge
+    /// writes to it later.
+    ///
+    /// # Errors
+    /// Invalid for a directory.
+    pub fn file_nodes(
+        &self,
+        number: u32,
+        format: DiskFormat,
+        below: Option<String>,
+        readonly: bool,
+    ) -> Result<[Value; 2]> {
+        let file = self.side.of_layer('f', &self.slot, number);
+        let set = layer_set(self.fd_sets()?.0, number);
         // Files keep the host's page cache and honour the guest's flushes; a block device has its cache in the guest.
         let mode =
             self.cache.unwrap_or(if self.block_device { DiskCache::None } else { DiskCache::Writeback });
         let direct = matches!(mode, DiskCache::None | DiskCache::Directsync);
         let cache = json!({"direct": direct, "no-flush": mode == DiskCache::Unsafe});
-        nodes.push(json!({
-            "driver": if self.block_device { "host_device" } else { "file" },
-            "node-name": name('f'), "filename": format!("/dev/fdset/{file_set}"),
-            "aio": if direct { "native" } else { "threads" }, "cache": cache, "discard": "unmap",
-            "read-only": self.readonly,
-        }));
         let mut image = json!({
-            "driver": "raw", "node-name": name('i'), "file": name('f'), "cache": cache,
-            "discard": "unmap", "read-only": self.readonly,
+            "driver": "raw", "node-name": self.side.of_layer('i', &self.slot, number), "file": file, "cache": cache,
+            "discard": "unmap", "read-only": readonly,
         });
-        if !self.readonly && !self.encrypted {
+        if !readonly && !self.encrypted {
             image["detect-zeroes"] = "unmap".into();
         }
-        match self.format {
+        let file = json!({
+            "driver": if self.block_device { "host_device" } else { "file" },
+            "node-name": file, "filename": format!("/dev/fdset/{set}"),
+            "aio": if direct { "native" } else { "threads" }, "cache": cache, "discard": "unmap",
+            "read-only": self.readonly,
+        });
+        match format {
             DiskFormat::Raw if self.encrypted => {
                 image["driver"] = "luks".into();
                 image["key-secret"] = self.key_name().into();
@@ -437,7 +504,7 @@ impl Disk {
             DiskFormat::Qcow2 => {
                 image["driver"] = "qcow2".into();
                 // A backing file that an image names is not opened; the one below a clone is the agent's word.
-                image["backing"] = if self.cloned { name('b').into() } else { Value::Null };
+                image["backing"] = below.map_or(Value::Null, Value::from);
             }
             DiskFormat::Directory | DiskFormat::Memory(_) => {
                 return Err(Error::invalid(
@@ -446,17 +513,25 @@ impl Disk {
                 ));
             }
         }
-        nodes.push(image);
-        nodes.push(json!({
-            "driver": "throttle", "node-name": self.top(), "throttle-group": name('t'),
-            "file": name('i'), "read-only": self.readonly,
-            // Without this no discard of a guest gets past it, and no hole into a copy.
-            "discard": "unmap",
-        }));
-        Ok(nodes)
+        Ok([file, image])
     }
 
-    /// The names of its nodes, the highest first: the order in which they can be removed.
+    /// The names of nodes of layers among `nodes`, the highest first.
+    pub fn layer_names<'a>(
+        slot: &str,
+        side: Side,
+        nodes: impl IntoIterator<Item = &'a String>,
+    ) -> Vec<String> {
+        let begins = format!("{}.l", side.name('i', slot));
+        let number = |node: &String| node.strip_prefix(&begins)?.parse::<u32>().ok();
+        let mut numbers: Vec<u32> = nodes.into_iter().filter_map(number).collect();
+        numbers.sort_unstable_by(|a, b| b.cmp(a));
+        let both = |n: u32| ['i', 'f'].map(|kind| side.of_layer(kind, slot, n));
+        numbers.into_iter().flat_map(both).collect()
+    }
+
+    /// The names of its other nodes, the highest first: the order in which they can be removed. Those of layers
+    /// ([`Self::layer_names`]) go after the first.
     pub fn node_names(slot: &str, side: Side) -> [String; 5] {
         ['d', 'i', 'f', 'b', 'c'].map(|kind| side.name(kind, slot))
     }
@@ -844,6 +919,8 @@ pub(crate) mod tests {
             boot_priority: 0,
             serial: true,
             encrypted: false,
+            layer: 0,
+            below: vec![],
         }
     }
 
@@ -909,6 +986,53 @@ pub(crate) mod tests {
         assert_eq!(drives("m-scsi1"), Some(Side::First), "while it is copied");
         assert_eq!(drives("d-scsi1.2"), Some(Side::Second));
         assert_eq!((drives("d-scsi10"), Side::Second.other()), (None, Side::First));
+    }
+
+    #[test]
+    fn files_of_a_disk_in_layers_lie_over_each_other() {
+        let layered = Disk {
+            format: DiskFormat::Qcow2,
+            layer: 7,
+            below: vec![(3, DiskFormat::Qcow2), (0, DiskFormat::Raw)],
+            ..disk("scsi1")
+        };
+        let nodes = layered.nodes().unwrap();
+        let said = |name: &str| nodes.iter().find(|n| n["node-name"] == name).unwrap();
+        let names: Vec<_> = nodes.iter().map(|n| n["node-name"].as_str().unwrap()).collect();
+        assert_eq!(
+            names,
+            ["f-scsi1", "i-scsi1", "f-scsi1.l3", "i-scsi1.l3", "f-scsi1.l7", "i-scsi1.l7", "d-scsi1"]
+        );
+        assert_eq!((&said("i-scsi1")["driver"], said("i-scsi1").get("backing")), (&json!("raw"), None));
+        for (node, below, readonly) in [("i-scsi1.l3", "i-scsi1", true), ("i-scsi1.l7", "i-scsi1.l3", false)]
+        {
+            assert_eq!(
+                (&said(node)["backing"], &said(node)["read-only"]),
+                (&json!(below), &json!(readonly)),
+                "{node}"
+            );
+        }
+        assert_eq!(said("i-scsi1")["read-only"], true);
+        // What a merge writes to is opened for it from the beginning.
+        assert!(nodes.iter().filter(|n| n["driver"] == "file").all(|n| n["read-only"] == false));
+        assert_eq!(said("d-scsi1")["file"], "i-scsi1.l7");
+        let sets: std::collections::BTreeSet<_> =
+            nodes.iter().filter_map(|n| n["filename"].as_str()).collect();
+        assert_eq!(sets.len(), 3);
+        let all: Vec<String> =
+            names.iter().map(|n| (*n).to_owned()).chain(["i-scsi10.l9".to_owned()]).collect();
+        let layers = Disk::layer_names("scsi1", Side::First, &all);
+        assert_eq!(layers, ["i-scsi1.l7", "f-scsi1.l7", "i-scsi1.l3", "f-scsi1.l3"]);
+        assert!(Disk::layer_names("scsi1", Side::Second, &all).is_empty());
+        assert!(
+            layer_set(1999, MOST_MADE) > layer_set(100, 1)
+                && layer_set(100, 1) > 2100
+                && layer_set(100, 0) == 100
+        );
+        // The lowest of a clone lies over its image.
+        let clone = Disk { cloned: true, below: vec![(0, DiskFormat::Qcow2)], ..layered };
+        let nodes = clone.nodes().unwrap();
+        assert_eq!(nodes.iter().find(|n| n["node-name"] == "i-scsi1").unwrap()["backing"], "b-scsi1");
     }
 
     #[test]

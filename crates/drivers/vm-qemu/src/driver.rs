@@ -862,6 +862,10 @@ impl GuestDriver for QemuDriver {
         Some(self)
     }
 
+    fn disk_merges(&self) -> Option<&dyn DiskMerges> {
+        Some(self)
+    }
+
     fn memory_files(&self) -> Option<&dyn MemoryFiles> {
         Some(self)
     }

@@ -15,7 +15,7 @@ use serde_json::{Value, json};
 use std::{collections::BTreeSet, os::fd::OwnedFd};
 
 /// The first set of descriptors.
-const SETS: u32 = 6000;
+const SETS: u32 = 3000;
 /// Devices of one machine.
 const MOST: usize = 32;
 
@@ -166,13 +166,13 @@ mod tests {
         assert_eq!(
             text,
             [
-                r#"-device {"driver":"usb-host","id":"given-stick","hostdevice":"/dev/fdset/6000"}"#,
-                r#"-device {"driver":"usb-host","id":"given-key","hostdevice":"/dev/fdset/6001","bus":"usb1.0","port":"2.1"}"#,
-                r#"-object {"qom-type":"input-linux","id":"given-keys","evdev":"/dev/fdset/6002","grab_all":true,"repeat":true,"grab-toggle":"alt-alt"}"#,
-                r#"-device {"driver":"virtio-input-host-pci","id":"given-mouse","evdev":"/dev/fdset/6003","bus":"port3","addr":"0x0"}"#,
+                r#"-device {"driver":"usb-host","id":"given-stick","hostdevice":"/dev/fdset/3000"}"#,
+                r#"-device {"driver":"usb-host","id":"given-key","hostdevice":"/dev/fdset/3001","bus":"usb1.0","port":"2.1"}"#,
+                r#"-object {"qom-type":"input-linux","id":"given-keys","evdev":"/dev/fdset/3002","grab_all":true,"repeat":true,"grab-toggle":"alt-alt"}"#,
+                r#"-device {"driver":"virtio-input-host-pci","id":"given-mouse","evdev":"/dev/fdset/3003","bus":"port3","addr":"0x0"}"#,
             ]
         );
-        assert_eq!(given.sets[3], (6003, fd::GIVEN + 3, "given"));
+        assert_eq!(given.sets[3], (3003, fd::GIVEN + 3, "given"));
         let e = options(&all, Q35, 1).unwrap_err();
         assert_eq!(e.field.as_deref(), Some("devices.key.port"));
         let e = options(&[GivenSpec { pci: None, ..all[3].clone() }], Q35, 0).unwrap_err();

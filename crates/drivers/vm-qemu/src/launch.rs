@@ -3,6 +3,7 @@
 
 use crate::{
     argv::{Machine, argv, fd},
+    devices::{Disk, Layout, MAX_LOWER, Nic},
     devices::{Disk, Layout, Nic},
     directories, given, keys,
     placement::Placed,
@@ -12,7 +13,7 @@ use crate::{
     seed, share, threads,
 };
 use karst_guest::{
-    DiskFormat, Opened, ResolvedDisk, ResolvedGuest, ResolvedLink, ResolvedNic,
+    DiskFormat, LowerFile, Opened, ResolvedDisk, ResolvedGuest, ResolvedLink, ResolvedNic,
     keeper::{Console, Spec},
 };
 use karst_host::{
@@ -208,6 +209,20 @@ pub(crate) fn open_disk(disk: &ResolvedDisk) -> Result<(OwnedFd, Option<OwnedFd>
     Ok((file.into(), base, block))
 }
 
+/// Descriptors of the files below that of a disk in layers, the next one first. They can be written: a merge does.
+pub(crate) fn open_lower(disk: &ResolvedDisk) -> Result<Vec<OwnedFd>> {
+    let open = |lower: &LowerFile| {
+        let flags = libc::O_NOFOLLOW | libc::O_NONBLOCK;
+        let file = File::options().read(true).write(true).custom_flags(flags).open(&lower.path)?;
+        if !file.metadata()?.is_file() {
+            let text = "what lies below a layer of a disk is a file";
+            return Err(Error::invalid(format!("devices.{}", disk.name), text));
+        }
+        Ok(file.into())
+    };
+    disk.chain.below.iter().map(open).collect()
+}
+
 /// Opens a path of the host that was found beneath what the host grants: what was found, whatever its name leads to by now. A block
 /// device that is written is nobody else's meanwhile; the kernel refuses one that is mounted.
 fn granted(found: &Opened, write: bool) -> std::io::Result<(File, bool)> {
@@ -361,6 +376,7 @@ pub(crate) fn prepare(
     let code = firmware(spec.firmware);
     let layout = Layout::of(&spec.machine, spec.ports)?;
     let (mut fds, mut disks) = (vec![], vec![]);
+    let mut lower = fd::LAYER;
     for (i, disk) in directories::drives(guest).enumerate() {
         let number = fd::DISK + 2 * i as i32;
         let mut block_device = false;
@@ -370,8 +386,17 @@ pub(crate) fn prepare(
             fds.push((number, file));
             fds.extend(base.map(|b| (number + 1, b)));
             fds.extend(keys::descriptor(disk)?.map(|key| (fd::KEY + i as i32, key)));
+            for file in open_lower(disk)? {
+                fds.push((lower, file));
+                lower += 1;
+            }
         }
         disks.push(Disk::new(disk, block_device, layout.hotplug()));
+    }
+    if lower - fd::LAYER > MAX_LOWER as i32 {
+        return Err(Error::conflict(format!(
+            "the disks of the virtual machine have more than {MAX_LOWER} layers in all below the active ones; that many cannot be opened"
+        )));
     }
     let mut shared = vec![];
     let opened = directories::open(guest, &record.directories, &record.virtiofs)?;

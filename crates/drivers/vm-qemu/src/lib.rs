@@ -29,6 +29,7 @@ mod given;
 mod inside;
 mod keys;
 mod launch;
+mod layers;
 pub mod line;
 mod machine;
 mod memory_files;

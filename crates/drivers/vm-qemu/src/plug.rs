@@ -6,6 +6,7 @@
 
 use crate::{
     backups, bitmaps, copies,
+    devices::{Disk, Layout, Nic, Side, device_id, layer_of_set, layer_set, rates},
     devices::{Disk, Layout, Nic, Side, device_id, rates},
     directories, keys, launch,
     machine::Inner,
@@ -53,6 +54,7 @@ fn same_disk(a: &ResolvedDisk, b: &ResolvedDisk) -> bool {
             d.path = Default::default();
             d.ejected = false;
             d.backing = None;
+            d.chain = Default::default();
             d.readonly = true;
             // One of a pool, or a path of the host.
             d.foreign = false;
@@ -145,7 +147,7 @@ pub(crate) async fn grow(machine: &Inner, slot: &str, size: u64) -> Result<()> {
     backups::demand_none(machine).await?;
     let (qmp, _) = Qmp::connect(&machine.dir, launch::QMP, GREETING).await?;
     let side = side(&qmp, slot).await?;
-    bitmaps::drop_broken(&qmp, &side.name('i', slot)).await?;
+    bitmaps::drop_broken(&qmp, &side.of_layer('i', slot, layer(machine, slot))).await?;
     let node = side.name('d', slot);
     let encrypted = {
         let record = machine.record();
@@ -159,6 +161,13 @@ pub(crate) async fn grow(machine: &Inner, slot: &str, size: u64) -> Result<()> {
     };
     let size = size.saturating_sub(before);
     qmp.execute("block_resize", json!({"node-name": node, "size": size})).await.map(drop)
+}
+
+/// The number of the file that is written of the disk at a slot, of those of a disk in layers.
+pub(crate) fn layer(machine: &Inner, slot: &str) -> u32 {
+    let record = machine.record();
+    let mut disks = record.devices.iter().flat_map(|d| &d.disks);
+    disks.find(|d| d.slot == slot).map_or(0, |d| d.chain.number)
 }
 
 /// The side that a slot's device drives; of an empty drive the first.
@@ -177,16 +186,17 @@ async fn names(qmp: &Qmp, query: &str, arguments: Value, property: &str) -> Resu
 pub(crate) async fn add_nodes(qmp: &Qmp, disk: &ResolvedDisk, side: Side) -> Result<Disk> {
     let opened = tokio::task::spawn_blocking({
         let disk = disk.clone();
-        move || launch::open_disk(&disk)
+        move || Ok::<_, Error>((launch::open_disk(&disk)?, launch::open_lower(&disk)?))
     });
-    let (file, base, block) =
+    let ((file, base, block), lower) =
         opened.await.map_err(|e| Error::internal("the disk could not be opened", e))??;
     let node = Disk { side, ..Disk::new(disk, block, true) };
     let (file_set, base_set) = node.fd_sets()?;
-    for (set, fd) in [(file_set, Some(&file)), (base_set, base.as_ref())] {
-        if let Some(fd) = fd {
-            qmp.execute_with_fd("add-fd", json!({"fdset-id": set, "opaque": "disk"}), fd.as_fd()).await?;
-        }
+    let own = (layer_set(file_set, node.layer), &file);
+    let lower = node.below.iter().map(|(number, _)| layer_set(file_set, *number)).zip(&lower);
+    let all: Vec<_> = [own].into_iter().chain(base.as_ref().map(|b| (base_set, b))).chain(lower).collect();
+    for (set, fd) in all {
+        qmp.execute_with_fd("add-fd", json!({"fdset-id": set, "opaque": "disk"}), fd.as_fd()).await?;
     }
     let nodes = node.nodes()?;
     if node.encrypted {
@@ -209,21 +219,35 @@ pub(crate) async fn add_nodes(qmp: &Qmp, disk: &ResolvedDisk, side: Side) -> Res
 /// Takes the nodes and descriptors of a slot's side from QEMU; nothing may drive them.
 pub(crate) async fn clear_nodes(qmp: &Qmp, slot: &str, side: Side) -> Result<()> {
     let nodes = names(qmp, "query-named-block-nodes", json!({"flat": true}), "node-name").await?;
-    for node in Disk::node_names(slot, side).into_iter().filter(|n| nodes.contains(n)) {
-        // A device that has gone lets go of its node a little later.
-        let until = Instant::now() + GREETING;
-        while let Err(e) = qmp.execute("blockdev-del", json!({"node-name": node})).await {
-            let busy = e.context.as_deref().is_some_and(|c| c.contains("in use"));
-            if !busy || Instant::now() >= until {
-                return Err(e);
-            }
-            sleep(LOOK).await;
-        }
+    let [top, others @ ..] = Disk::node_names(slot, side);
+    let layers = Disk::layer_names(slot, side, &nodes);
+    let all = [top].into_iter().chain(layers).chain(others).filter(|n| nodes.contains(n));
+    for node in all {
+        delete_node(qmp, &node).await?;
     }
     let (a, b) = crate::devices::fd_sets(&format!("devices.{slot}"), slot, side)?;
+    remove_sets(qmp, |set| set == b || layer_set(a, layer_of_set(a, set)) == set).await
+}
+
+/// Takes a node from QEMU that nothing has any more.
+pub(crate) async fn delete_node(qmp: &Qmp, node: &str) -> Result<()> {
+    // A device that has gone lets go of its node a little later.
+    let until = Instant::now() + GREETING;
+    while let Err(e) = qmp.execute("blockdev-del", json!({"node-name": node})).await {
+        let busy = e.context.as_deref().is_some_and(|c| c.contains("in use"));
+        if !busy || Instant::now() >= until {
+            return Err(e);
+        }
+        sleep(LOOK).await;
+    }
+    Ok(())
+}
+
+/// Takes descriptor sets from QEMU.
+pub(crate) async fn remove_sets(qmp: &Qmp, wanted: impl Fn(u32) -> bool) -> Result<()> {
     let sets = qmp.execute("query-fdsets", json!({})).await?;
     for set in sets.as_array().into_iter().flatten().filter_map(|s| s.get("fdset-id")?.as_u64()) {
-        if set == u64::from(a) || set == u64::from(b) {
+        if u32::try_from(set).is_ok_and(&wanted) {
             qmp.execute("remove-fd", json!({"fdset-id": set})).await?;
         }
     }

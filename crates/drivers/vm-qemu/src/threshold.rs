@@ -9,6 +9,7 @@ use crate::{
     devices::Side,
     launch,
     machine::Inner,
+    plug,
     qmp::{Event, Qmp},
 };
 use karst_model::{Error, InstanceId, Result, guest::ThresholdReached};
@@ -38,7 +39,8 @@ pub(crate) async fn set(machine: &Inner, slot: &str, bytes: u64) -> Result<()> {
     let blocks = qmp.execute("query-block", json!({})).await?;
     let side = Side::of(&blocks, slot);
     let side = side.ok_or_else(|| Error::internal("the guest's disk is not known to QEMU", slot))?;
-    let threshold = json!({"node-name": side.name('f', slot), "write-threshold": bytes});
+    let threshold =
+        json!({"node-name": side.of_layer('f', slot, plug::layer(machine, slot)), "write-threshold": bytes});
     qmp.execute("block-set-write-threshold", threshold).await.map(drop)
 }
 
@@ -46,9 +48,9 @@ pub(crate) async fn set(machine: &Inner, slot: &str, bytes: u64) -> Result<()> {
 pub(crate) fn reached(instance: InstanceId, event: &Event) -> Option<ThresholdReached> {
     let number = |key: &str| event.data.get(key).and_then(Value::as_u64);
     let node = event.data.get("node-name")?.as_str()?;
-    // As [`Side::name`] makes it.
+    // As [`Side::of_layer`] makes it.
     let slot = node.strip_prefix("f-")?;
-    let slot = slot.strip_suffix(".2").unwrap_or(slot);
+    let slot = slot.split('.').next().unwrap_or(slot);
     Some(ThresholdReached {
         instance,
         slot: slot.to_owned(),
@@ -73,6 +75,7 @@ mod tests {
             let reached = said(&side.name('f', "scsi10")).unwrap();
             assert_eq!((reached.slot.as_str(), reached.threshold, reached.excess), ("scsi10", 4096, 5));
         }
+        assert_eq!(said(&Side::Second.of_layer('f', "scsi1", 3)).unwrap().slot, "scsi1");
         assert_eq!(said("d-scsi0"), None);
         assert_eq!(said("seed-file"), None);
     }

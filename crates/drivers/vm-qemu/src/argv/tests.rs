@@ -1,7 +1,10 @@
 //! Arguments of machines, whole.
 
 use super::*;
-use crate::{devices::tests::disk, directories::tests::directory};
+use crate::{
+    devices::{MAX_LOWER, tests::disk},
+    directories::tests::directory,
+};
 use karst_guest::DiskFormat;
 use karst_model::{
     device::{Device, HostDevice, NicModel, PARALLEL_PORTS, SERIAL_PORTS, VIRTIO_PORTS},
@@ -449,12 +452,30 @@ fn descriptor_numbers_differ() {
     all.extend((0..MOST_STRINGS as i32).map(|i| fd::STRINGS + i));
     all.extend((0..2 * MAX_DISKS as i32).map(|i| fd::DISK + i));
     all.extend((0..MAX_DIRECTORIES as i32).map(|i| fd::DIRECTORY + i));
+    all.extend((0..MAX_LOWER as i32).map(|i| fd::LAYER + i));
     let ports = (SERIAL_PORTS + PARALLEL_PORTS) as usize + VIRTIO_PORTS;
     all.extend((0..2 * ports as i32).map(|i| fd::PORT + i));
     let n = all.len();
     all.sort_unstable();
     all.dedup();
     assert_eq!(all.len(), n);
+}
+
+#[test]
+fn a_disk_in_layers_has_a_descriptor_of_each_of_its_files() {
+    let mut m = machine();
+    (m.disks[0].layer, m.disks[0].below) = (4, vec![(2, DiskFormat::Qcow2), (0, DiskFormat::Raw)]);
+    let text = argv(&m).unwrap().join(" ");
+    let (first, _) = m.disks[0].fd_sets().unwrap();
+    for (layer, number, name) in [(4, fd::DISK, "disk"), (2, fd::LAYER, "layer"), (0, fd::LAYER + 1, "layer")]
+    {
+        let set = format!("set={},fd={number},opaque={name}", layer_set(first, layer));
+        assert!(text.contains(&set), "{set} in {text}");
+    }
+    assert!(
+        text.contains(r#""backing":"i-virtio0.l2""#) && text.contains(r#""file":"i-virtio0.l4""#),
+        "{text}"
+    );
 }
 
 #[test]

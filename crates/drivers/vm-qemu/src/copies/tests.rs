@@ -64,6 +64,7 @@ async fn what_is_written_down_outlives_the_machine() {
         disk: disk.clone(),
         stage,
         resume: false,
+        merge: None,
     };
     put(dir.path(), &entry(one, Stage::Pivoted)).await.unwrap();
     put(dir.path(), &entry(two, Stage::Pivoting)).await.unwrap();
@@ -116,6 +117,8 @@ struct Qemu {
     late: bool,
     /// `job-complete` comes to its end at once.
     quick: bool,
+    /// The job makes files of the disk one: the device drives the same node afterwards.
+    merges: bool,
 }
 
 impl Qemu {
@@ -125,7 +128,9 @@ impl Qemu {
 
     /// The machine goes on from the copy.
     fn complete(&mut self) {
-        self.driven = self.driven.other();
+        if !self.merges {
+            self.driven = self.driven.other();
+        }
         self.job = Some(("concluded", None));
     }
 
@@ -155,6 +160,10 @@ impl Qemu {
                 return Err("Node is in use");
             }
             "blockdev-del" => drop(self.nodes.remove(&text("node-name"))),
+            "block-commit" | "block-stream" => {
+                self.merges = true;
+                self.job = Some(("running", None));
+            }
             "blockdev-mirror" => self.job = Some(("running", None)),
             "block-job-cancel" if self.late => self.complete(),
             "block-job-cancel" if self.busy => return Err("Job is busy"),
@@ -442,4 +451,139 @@ async fn a_pivot_that_nobody_waits_for_any_more_comes_to_its_end() {
     let _turn = slot.changing.lock().await;
     assert_eq!(place.phase().await, DiskCopyPhase::Pivoted);
     assert!(place.runs() && !place.qemu().has("block-job-cancel"));
+}
+
+impl Place {
+    /// Its disk has layers: `old` (raw), `middle`, and `new`, to which the guest writes.
+    fn layered() -> Self {
+        let place = Self::new();
+        std::fs::write(place.path("middle"), "").unwrap();
+        let lower =
+            |number, name: &str, format| karst_guest::LowerFile { number, path: place.path(name), format };
+        let (raw, qcow2) = (karst_guest::DiskFormat::Raw, karst_guest::DiskFormat::Qcow2);
+        {
+            let mut record = place.machine.record();
+            record.root = place.path("new");
+            let disk = &mut record.devices.as_mut().unwrap().disks[0];
+            (disk.path, disk.format, disk.chain.number) = (place.path("new"), qcow2, 5);
+            disk.chain.below = vec![lower(2, "middle", qcow2), lower(0, "old", raw)];
+        }
+        for number in [0, 2, 5] {
+            for kind in ['f', 'i'] {
+                place.qemu().nodes.insert(Side::First.of_layer(kind, SLOT, number));
+            }
+        }
+        place
+    }
+
+    async fn merge(&self, merge: karst_model::layer::Merge) -> Result<()> {
+        let path = self.machine.record().root.clone();
+        merges::begin(&self.machine, karst_guest::DiskMerge { volume: volume(1), path, merge, speed: 0 })
+            .await
+    }
+
+    fn disk(&self) -> ResolvedDisk {
+        self.machine.record().devices.as_ref().unwrap().disks[0].clone()
+    }
+
+    fn numbers(&self) -> Vec<u32> {
+        let disk = self.disk();
+        let below = disk.chain.below.iter().rev().map(|f| f.number);
+        below.chain([disk.chain.number]).collect()
+    }
+}
+
+#[tokio::test]
+async fn the_active_layer_goes_when_it_is_on_disk_that_it_does() {
+    use karst_model::layer::{Base, Merge};
+    let place = Place::layered();
+    let commit = Merge::Commit { top: 5, base: Base::Lowest };
+    for _ in 0..2 {
+        place.merge(commit).await.unwrap();
+    }
+    assert_eq!(place.qemu().said.iter().filter(|s| *s == "block-commit").count(), 1, "twice is once");
+    assert_eq!(place.phase().await, DiskCopyPhase::Copying);
+    assert!(place.end(DiskCopyEnd::Pivot).await.unwrap_err().is(ErrorKind::Conflict), "it is not ready");
+    place.qemu().job = Some(("ready", None));
+    assert_eq!(place.phase().await, DiskCopyPhase::Ready);
+    for _ in 0..2 {
+        place.end(DiskCopyEnd::Pivot).await.unwrap();
+    }
+    let said = place.qemu().said.clone();
+    let at = |word: &str| said.iter().position(|s| s.starts_with(word)).unwrap();
+    assert!(at("Pause") < at("job-complete") && at("job-complete") < at("Resume"), "{said:?}");
+    assert_eq!((place.disk().path, place.numbers()), (place.path("old"), vec![0]));
+    assert_eq!(
+        (place.disk().format, place.machine.record().root.clone()),
+        (karst_guest::DiskFormat::Raw, place.path("old"))
+    );
+    assert_eq!(place.phase().await, DiskCopyPhase::Pivoted);
+    assert!(place.end(DiskCopyEnd::Cancel).await.unwrap_err().is(ErrorKind::Conflict), "nothing leads back");
+    let left: Vec<String> = place.qemu().nodes.iter().cloned().collect();
+    assert_eq!(left, ["d-virtio0", "f-virtio0", "i-virtio0"]);
+}
+
+#[tokio::test]
+async fn what_does_not_take_the_active_layer_is_over_when_it_has_ended() {
+    use karst_model::layer::{Base, Merge};
+    for (merge, left) in [
+        (Merge::Commit { top: 2, base: Base::Lowest }, vec![0, 5]),
+        (Merge::Pull { base: Some(Base::Lowest) }, vec![0, 5]),
+        (Merge::Pull { base: None }, vec![5]),
+    ] {
+        let place = Place::layered();
+        place.merge(merge).await.unwrap();
+        assert_eq!(place.phase().await, DiskCopyPhase::Copying, "{merge:?}");
+        place.qemu().job = Some(("concluded", None));
+        assert_eq!(place.phase().await, DiskCopyPhase::Pivoted, "{merge:?}");
+        assert!(place.end(DiskCopyEnd::Cancel).await.is_err(), "{merge:?}: the nodes are gone already");
+        place.end(DiskCopyEnd::Pivot).await.unwrap();
+        assert_eq!((place.numbers(), place.disk().path), (left, place.path("new")), "{merge:?}");
+        assert!(place.runs());
+        assert!(!place.qemu().nodes.contains("i-virtio0.l2"), "{merge:?}");
+    }
+}
+
+#[tokio::test]
+async fn a_merge_that_fails_or_is_broken_off_leaves_the_disk_as_it_was() {
+    use karst_model::layer::{Base, Merge};
+    let commit = Merge::Commit { top: 5, base: Base::Layer(2) };
+    let place = Place::layered();
+    let before = place.qemu().nodes.clone();
+    place.merge(commit).await.unwrap();
+    assert!(demand_none(&place.machine).await.unwrap_err().is(ErrorKind::Conflict));
+    let other = place.merge(Merge::Pull { base: None }).await.unwrap_err();
+    assert!(other.is(ErrorKind::Conflict), "{other}");
+    place.end(DiskCopyEnd::Cancel).await.unwrap();
+    assert_eq!((place.numbers(), place.entry(), &place.qemu().nodes), (vec![0, 2, 5], None, &before));
+
+    place.merge(commit).await.unwrap();
+    place.qemu().job = Some(("concluded", Some("No space left on device")));
+    assert!(matches!(place.phase().await, DiskCopyPhase::Failed { reason } if reason.contains("no space")));
+    assert!(place.end(DiskCopyEnd::Pivot).await.unwrap_err().is(ErrorKind::Conflict));
+    assert!(place.runs());
+    place.end(DiskCopyEnd::Cancel).await.unwrap();
+    assert_eq!((place.numbers(), &place.qemu().nodes), (vec![0, 2, 5], &before));
+
+    // What is no merge of this disk never begins.
+    for wrong in
+        [Merge::Commit { top: 9, base: Base::Lowest }, Merge::Commit { top: 2, base: Base::Layer(5) }]
+    {
+        place.merge(wrong).await.unwrap_err();
+    }
+    assert_eq!(place.entry(), None);
+}
+
+#[tokio::test]
+async fn a_machine_that_dies_at_its_pivot_begins_from_what_is_written_down() {
+    use karst_model::layer::{Base, Merge};
+    let place = Place::layered();
+    place.merge(Merge::Commit { top: 5, base: Base::Layer(2) }).await.unwrap();
+    place.qemu().job = Some(("ready", None));
+    assert_eq!(state(place.dir.path(), None, volume(1)).await.unwrap().phase, DiskCopyPhase::Gone);
+    let gone = end(place.dir.path(), None, volume(1), DiskCopyEnd::Pivot).await.unwrap_err();
+    assert!(gone.is(ErrorKind::Conflict), "{gone}");
+    place.end(DiskCopyEnd::Pivot).await.unwrap();
+    assert_eq!(state(place.dir.path(), None, volume(1)).await.unwrap().phase, DiskCopyPhase::Pivoted);
+    end(place.dir.path(), None, volume(1), DiskCopyEnd::Pivot).await.unwrap();
 }
