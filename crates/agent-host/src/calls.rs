@@ -642,6 +642,10 @@ calls! {
     read machine_copy_state(me, at: MachineCopyRef) -> DiskCopyState { me.copy_state(at).await }
     mutate machine_copy_speed(me, request: MachineCopySpeed) -> () { me.set_copy_speed(request).await }
     mutate machine_copy_end(me, request: MachineCopyEnd) -> () { me.end_copy(request).await }
+    mutate machine_layers_add(me, request: MachineLayersAdd) -> () { me.add_layers(request).await }
+    mutate machine_layers_take_back(me, request: MachineLayersAdd) -> bool { me.take_layers_back(request).await }
+    mutate machine_merge_begin(me, request: MachineMergeBegin) -> () { me.begin_merge(request).await }
+    mutate machine_merge_end(me, request: MachineMergeEnd) -> () { me.end_merge(request).await }
     mutate machine_checkpoint_create(me, request: MachineCheckpointCreate) -> () { me.create_checkpoint(request).await }
     mutate machine_checkpoint_delete(me, request: MachineCheckpointDelete) -> () { me.delete_checkpoint(request).await }
     read machine_checkpoints(me, request: MachineCheckpoints) -> Vec<CheckpointMark> { me.checkpoints(request).await }

@@ -25,6 +25,7 @@ pub mod ids;
 mod images;
 mod kernel;
 mod keys;
+mod layers;
 mod logs;
 mod machines;
 mod memory;

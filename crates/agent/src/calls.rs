@@ -13,6 +13,7 @@ use crate::{
     descriptions::{FoundPool, PoolDescribe, PoolSurvey, PoolSurveyed, PoolsFind},
     displays::{DisplayGuardSet, DisplayGuarded, SpiceChannel},
     keys::KeysHand,
+    layers::{MachineLayersAdd, MachineMergeBegin, MachineMergeEnd},
     memory::{MachineDump, MachineMemoryBegin, MachineMemoryEnd, MachineMemoryRef, MemoryFileChange},
     neighbours::{MemoryPeriod, Neighbour, NeighboursFind},
     outputs::ExecOutput,
@@ -163,6 +164,7 @@ plain!(
     SavedMemory,
     Vec<CheckpointMark>,
     Vec<u8>,
+    bool,
     u32,
     Vec<VolumeSnapshot>,
     SelfCheck,
@@ -422,6 +424,17 @@ agent_calls! {
     /// machine does not run any more and had not gone on from it. To cancel one that there is none of is fine; conflict when
     /// the machine goes on from it already.
     mutate fn machine_copy_end(MachineCopyEnd: MachineCopyEnd) -> ();
+    /// Lets disks of a virtual machine go on in new layers, all at one moment or none; what is done already is fine. Of one that does
+    /// not run the layers are there at its next start. Unsupported in pools whose volumes are no files.
+    mutate fn machine_layers_add(MachineLayersAdd: MachineLayersAdd) -> ();
+    /// Takes layers back that could not be put over all disks; answers whether the disks have them all the same, because their
+    /// guest went on in them.
+    mutate fn machine_layers_take_back(MachineLayersTakeBack: MachineLayersAdd) -> bool;
+    /// Begins to make files of a disk of a running virtual machine one; a merge that goes on already is fine. How far it is
+    /// and how fast it may be are those of a copy of the disk to its own volume.
+    mutate fn machine_merge_begin(MachineMergeBegin: MachineMergeBegin) -> ();
+    /// Ends a merge, as a copy: after a pivot the disk is what is left, and the other files are gone.
+    mutate fn machine_merge_end(MachineMergeEnd: MachineMergeEnd) -> ();
     /// Makes a checkpoint of a running virtual machine: from one moment on, the same for all its disks, the host follows what
     /// changes. One that is there is fine. Unsupported for a disk whose format cannot keep it.
     mutate fn machine_checkpoint_create(MachineCheckpointCreate: MachineCheckpointCreate) -> ();

@@ -10,6 +10,7 @@ mod copies;
 mod descriptions;
 mod guests;
 mod keys;
+mod layers;
 mod memory;
 mod parts;
 mod publish;

@@ -114,6 +114,9 @@ pub(super) async fn all(s: &Subject, kind: InstanceKind, source: &ImageSource) {
         guest.root = root;
         (guest.spec.root.pool, guest.spec.root.volume) = (root.pool, root.volume);
         s.until("exec from the copy", s.boot, async || guest.exec(&["true"]).await.ok()).await;
+        eprintln!("contract: {kind}: layers of its disk");
+        Box::pin(layers::of_a_root(s, &guest.spec, root)).await;
+        s.until("exec from what is left", s.boot, async || guest.exec(&["true"]).await.ok()).await;
     }
 
     eprintln!("contract: {kind}: stop");

@@ -7,7 +7,7 @@ use super::{
 };
 use crate::{
     acl_logs::*, asks::*, backups::*, calls::*, checkpoints::*, copies::*, descriptions::*, displays::*,
-    keys::*, memory::*, neighbours::*, outputs::*, publish::*, thresholds::*,
+    keys::*, layers::*, memory::*, neighbours::*, outputs::*, publish::*, thresholds::*,
 };
 use async_trait::async_trait;
 use karst_model::{
@@ -446,6 +446,10 @@ calls! {
     read machine_copy_state(me, at: MachineCopyRef) -> DiskCopyState { me.copy_state(at) }
     mutate machine_copy_speed(me, request: MachineCopySpeed) -> () { me.set_copy_speed(request) }
     mutate machine_copy_end(me, request: MachineCopyEnd) -> () { me.end_copy(request) }
+    mutate machine_layers_add(me, request: MachineLayersAdd) -> () { me.add_layers(request) }
+    mutate machine_layers_take_back(me, request: MachineLayersAdd) -> bool { me.take_layers_back(request) }
+    mutate machine_merge_begin(me, request: MachineMergeBegin) -> () { me.begin_merge(request) }
+    mutate machine_merge_end(me, request: MachineMergeEnd) -> () { me.end_merge(request) }
     mutate machine_checkpoint_create(me, request: MachineCheckpointCreate) -> () { me.create_checkpoint(request) }
     mutate machine_checkpoint_delete(me, request: MachineCheckpointDelete) -> () { me.delete_checkpoint(request) }
     read machine_checkpoints(me, request: MachineCheckpoints) -> Vec<CheckpointMark> { me.checkpoints(request) }

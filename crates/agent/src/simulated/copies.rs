@@ -9,6 +9,7 @@ use crate::{calls::*, copies::*};
 use karst_model::{
     Error, InstanceId, Result, VolumeId,
     guest::{DiskCopyEnd, DiskCopyPhase, DiskCopyState},
+    layer::Merge,
     spec::DiskSource,
     storage::VolumeContent,
 };
@@ -24,9 +25,23 @@ pub(super) struct Copying {
     /// Bytes that were done at a time.
     done: (Duration, u64),
     speed: u64,
+    /// It is no copy: files of the disk are made one.
+    merge: Option<Merge>,
 }
 
 impl Copying {
+    /// A merge that begins now.
+    pub(super) fn merge(
+        pid: u32,
+        disk: VolumeRef,
+        total: u64,
+        now: Duration,
+        speed: u64,
+        merge: Merge,
+    ) -> Self {
+        Self { pid, from: disk, to: disk, total, done: (now, 0), speed, merge: Some(merge) }
+    }
+
     /// Bytes that are done now, by a host that copies any disk in `whole`.
     fn done(&self, now: Duration, whole: Duration) -> u64 {
         let (since, before) = self.done;
@@ -46,6 +61,22 @@ impl State {
     fn copying(&self, at: MachineCopyRef) -> Option<&Copying> {
         let copy = self.copies.get(&(at.instance, at.to))?;
         self.guests.get(&at.instance).is_some_and(|g| g.runs() && g.pid == copy.pid).then_some(copy)
+    }
+
+    /// The merge of a disk of a machine that runs.
+    pub(super) fn merging(&self, (instance, to): (InstanceId, VolumeId)) -> Option<Merge> {
+        self.copying(MachineCopyRef { instance, to })?.merge
+    }
+
+    /// Has it done all by now? Nothing of what does not go on.
+    pub(super) fn is_done(
+        &self,
+        (instance, to): (InstanceId, VolumeId),
+        now: Duration,
+        whole: Duration,
+    ) -> Option<bool> {
+        let copy = self.copying(MachineCopyRef { instance, to })?;
+        Some(copy.done(now, whole) >= copy.total)
     }
 
     /// Has a machine that runs the volume as what a disk of it is copied to?
@@ -131,7 +162,7 @@ impl SimulatedAgent {
         if let Some(user) = state.user_of(to.volume) {
             return Err(Error::conflict(format!("the volume is in use by instance {user}, which runs")));
         }
-        let copy = Copying { pid, from, to, total, done: (now, 0), speed };
+        let copy = Copying { pid, from, to, total, done: (now, 0), speed, merge: None };
         state.copies.insert((at.instance, to.volume), copy);
         Ok(())
     }

@@ -13,6 +13,7 @@ mod files;
 mod halt;
 mod hardware;
 mod keys;
+mod layers;
 mod memory;
 mod monitor;
 mod pools;

@@ -99,6 +99,10 @@ pub(super) struct Volume {
     /// It shares nothing with what it was made of.
     pub full: bool,
     pub snapshots: BTreeMap<SnapshotId, Snapshot>,
+    /// The files of a disk in layers, lowest first.
+    pub chain: Vec<u32>,
+    /// What the lowest was made of lies below it.
+    pub based: bool,
 }
 
 #[derive(Clone, PartialEq, Serialize, Deserialize)]

@@ -59,6 +59,7 @@ impl State {
         let content = volume.spec.content;
         let Some(id) = snapshot else {
             self.writer(at, true)?;
+            volume.demand_one()?;
             return Ok((volume.held.clone(), volume.size, content));
         };
         let snapshot = volume.snapshots.get(&id).ok_or_else(|| no_snapshot(id))?;
@@ -145,7 +146,9 @@ impl SimulatedAgent {
             spec.source,
             VolumeSource::Image { full: true, .. } | VolumeSource::Copy { full: true, .. }
         );
-        state.volumes.insert(spec.id, Volume { size, spec, held, full, snapshots: BTreeMap::new() });
+        let based = matches!(spec.source, VolumeSource::Image { full: false, .. });
+        let (snapshots, chain) = (BTreeMap::new(), vec![0]);
+        state.volumes.insert(spec.id, Volume { size, spec, held, full, snapshots, chain, based });
         Ok(())
     }
 
@@ -181,6 +184,7 @@ impl SimulatedAgent {
         }
         state.writer(volume, true)?;
         let volume = state.volume_mut(volume)?;
+        volume.demand_one()?;
         let snapshot = Snapshot { size: volume.size, held: volume.held.clone() };
         volume.snapshots.insert(at.snapshot, snapshot);
         Ok(())
@@ -203,6 +207,7 @@ impl SimulatedAgent {
         state.volume(volume)?;
         state.writer(volume, false)?;
         let volume = state.volume_mut(volume)?;
+        volume.demand_one()?;
         let old = volume.snapshots.get(&at.snapshot).ok_or_else(|| no_snapshot(at.snapshot))?.clone();
         (volume.size, volume.held) = (old.size, old.held);
         Ok(())
@@ -222,6 +227,7 @@ impl SimulatedAgent {
         }
         state.writer(request.volume, false)?;
         let volume = state.volume_mut(request.volume)?;
+        volume.demand_one()?;
         (volume.held, volume.size, volume.full) = (held, size, request.full);
         Ok(())
     }
@@ -244,6 +250,7 @@ impl SimulatedAgent {
     pub(super) fn import_volume(&self, request: VolumeImport) -> Result<WithFds<SessionId>> {
         let mut state = self.settled();
         check_format(state.volume(request.volume)?.spec.content, request.format, false)?;
+        state.volume(request.volume)?.demand_one()?;
         state.writer(request.volume, false)?;
         let states = self.state.clone();
         let commit = move |data: Vec<u8>| {

@@ -17,9 +17,10 @@ use crate::{
 };
 use async_trait::async_trait;
 use karst_guest::{
-    Applied, AskedBy, DiskBackups, DiskCopies, Exec, ExecRequest, FileWrite, GuestDriver, GuestFiles,
-    GuestMachine, GuestWish, Interface, MachineFigures, MachineFiles, MemoryFiles, Metrics, MonitorAnswer,
-    MonitorEvent, Observed, OpenedFile, Quiesce, ResolvedGuest, Silence, StopMode, ThresholdReached,
+    Applied, AskedBy, DiskBackups, DiskCopies, DiskMerges, Exec, ExecRequest, FileWrite, GuestDriver,
+    GuestFiles, GuestMachine, GuestWish, Interface, MachineFigures, MachineFiles, MemoryFiles, Metrics,
+    MonitorAnswer, MonitorEvent, Observed, OpenedFile, Quiesce, ResolvedGuest, Silence, StopMode,
+    ThresholdReached,
     keeper::{self, End, Keeper, Requested, State, Status},
     silence,
 };
