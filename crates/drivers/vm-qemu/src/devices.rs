@@ -267,8 +267,8 @@ pub fn layer_of_set(first: u32, set: u32) -> u32 {
     set.saturating_sub(first) / LAYER_SETS
 }
 
-/// More than there are sets of files with which disks are made.
-const LAYER_SETS: u32 = 4096;
+/// More than there are sets of anything else.
+const LAYER_SETS: u32 = 8192;
 
 /// A disk.
 #[derive(Debug, Clone, PartialEq, Eq)]
