@@ -139,6 +139,7 @@ plain!(
     Vec<crate::resources::CpuModel>,
     Usage,
     Option<Abilities>,
+    Vec<FoundSource>,
     Vec<Lease>,
     Vec<Neighbour>,
     NetworkState,

@@ -7,7 +7,7 @@ use super::{
     state::{State, Volume},
     work::{demand_machine, no_guest},
 };
-use crate::{calls::*, copies::*, layers::*};
+use crate::{copies::*, layers::*};
 use karst_model::{
     Error, Result,
     guest::DiskCopyEnd,

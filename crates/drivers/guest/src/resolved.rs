@@ -4,7 +4,6 @@ use ipnet::{IpNet, Ipv4Net};
 use karst_host::overlay::Layers;
 use karst_model::{
     Error, InstanceId, Result,
-    device::{DiskIo, NicModel, ParentLink, PortVlans, RoutedLink},
     device::{DiskIo, NicModel, ParentLink, PortVlans, RoutedLink, Share},
     encryption::Passphrase,
     image::Application,

@@ -173,10 +173,11 @@ impl ProjectUsage {
                 Some(CpuLimit::Set { cpus }) => cpus.len() as u64,
                 None => 0,
             };
+            let more = set_aside(&run);
+            limits.memory = limits.memory.map(|size| more.map_or(size, |more| size.max(more)));
             if limits.cpu.is_some() && count(&run.cpu) > count(&limits.cpu) {
                 limits.cpu = run.cpu;
             }
-            limits.memory = limits.memory.map(|size| set_aside(&run).map_or(size, |more| size.max(more)));
             limits.processes = limits.processes.map(|n| run.processes.map_or(n, |more| n.max(more)));
         }
         match limits.cpu {
