@@ -8,7 +8,7 @@
 //! * [`db`]: records in the store, and the transaction that use cases build.
 //! * [`saga`]: work over several resources that is all or nothing across a crash.
 //! * [`operations`], [`events`]: what users see of it.
-//! * [`compute`], [`storage`], [`volumes`], [`snapshots`], [`checkpoints`], [`backups`], [`recover`], [`network`],
+//! * [`compute`], [`storage`], [`volumes`], [`snapshots`], [`layers`], [`checkpoints`], [`backups`], [`recover`], [`network`],
 //!   [`images`], [`secrets`], [`tenancy`]: the use cases.
 //! * [`reconcile`]: what follows the records without being asked.
 
@@ -27,6 +27,7 @@ pub mod health;
 pub mod images;
 pub mod inventory;
 mod keys;
+pub mod layers;
 pub mod network;
 pub mod operations;
 pub mod reconcile;

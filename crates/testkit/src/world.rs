@@ -320,7 +320,10 @@ pub fn fingerprint(engine: &Engine) -> String {
     lines.extend(records.aliases().map(|a| format!("alias {}", a.name)));
     lines.extend(records.networks.values().map(|n| format!("network {} {:?}", &*n.name, n.config)));
     lines.extend(records.pools.values().map(|p| format!("pool {} {:?}", &*p.name, p.config)));
-    lines.extend(records.volumes.values().map(|v| format!("volume {} {:?} {:?}", v.name, v.content, v.size)));
+    lines.extend(records.volumes.values().map(|v| {
+        let layers: Vec<_> = v.layers.all.iter().map(|l| (l.number, l.name.as_str())).collect();
+        format!("volume {} {:?} {:?} {layers:?}", v.name, v.content, v.size)
+    }));
     lines.sort();
     lines.join("\n")
 }

@@ -15,6 +15,7 @@ mod full_copies;
 mod generations;
 mod halted;
 mod images;
+mod layers;
 mod limits;
 mod memory_files;
 mod node_names;

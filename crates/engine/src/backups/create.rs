@@ -71,6 +71,11 @@ impl Engine {
             found.demand_ready()?;
             found.expect(tx);
             tx.expect(&project);
+            let whole = "which a backup would not hold";
+            match &found {
+                Found::Instance(row) => crate::layers::demand_one_of(&records, row, whole)?,
+                Found::Volume(row) => crate::layers::demand_one(&records, row.id, whole)?,
+            }
             let there = records.backups_of(found.owner());
             if there.len() >= MOST {
                 return Err(Error::quota(format!(

@@ -236,6 +236,7 @@ impl Engine {
                     expires_at: of.expires_at(),
                     scheduled: false,
                     spec_version: 1,
+                    external: None,
                     name,
                 });
             }
@@ -342,6 +343,7 @@ impl Engine {
                 config: config.clone(),
                 spec_version: 1,
                 created_at: inner.env.now(),
+                layers: Default::default(),
             };
             let planned = Planned { volume: Some(&volume), ..Default::default() };
             admit(&records, &mut Tx::default(), owner, &planned)?;

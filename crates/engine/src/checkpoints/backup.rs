@@ -415,6 +415,7 @@ fn planned_disk(
                 config: Config::new(),
                 spec_version: 1,
                 created_at: inner.env.now(),
+                layers: Default::default(),
             };
             (volume, pool, true)
         }

@@ -105,9 +105,9 @@ fn running<'a>(records: &Records, row: &'a Row<Instance>) -> Result<Running<'a>>
 }
 
 /// A disk that the guest writes to.
-struct OwnDisk<'a> {
-    device: String,
-    volume: &'a Row<Volume>,
+pub(crate) struct OwnDisk<'a> {
+    pub(crate) device: String,
+    pub(crate) volume: &'a Row<Volume>,
 }
 
 impl OwnDisk<'_> {
@@ -117,7 +117,7 @@ impl OwnDisk<'_> {
 }
 
 /// The disks of a machine that it writes to, as it runs with them: all, or those of the devices `wanted`.
-fn disks<'a>(
+pub(crate) fn disks<'a>(
     records: &'a Records,
     row: &Row<Instance>,
     wanted: Option<&[String]>,
@@ -219,6 +219,7 @@ fn prepare(
     let mut own = vec![];
     for disk in &disks {
         tx.expect(disk.volume);
+        crate::layers::demand_one(records, disk.volume.id, "and a checkpoint is of one file")?;
         let before = line.iter().rev().find(|c| c.has(disk.volume.id)).map(|c| c.id);
         mark.disks.push(MarkedVolume { volume: disk.at(), before });
         own.push(CheckpointDisk { device: disk.device.clone(), volume: disk.volume.id });

@@ -91,6 +91,9 @@ impl Engine {
                 return Err(Error::conflict(format!("instance {:?} is being made or deleted", request.name)));
             }
             tx.expect(source);
+            if request.snapshot.is_none() {
+                crate::layers::demand_one_of(&records, source, "which a copy would not have")?;
+            }
             let all = records.snapshots_of(source.id);
             let at = match request.snapshot.as_deref() {
                 None => None,

@@ -388,6 +388,7 @@ pub(crate) fn plan(
         config: full_copy.iter().map(|full| ("full_copy".to_owned(), full.to_string())).collect(),
         spec_version: 1,
         created_at: now,
+        layers: Default::default(),
     };
     let volume = attached.as_ref().map_or(own, |row| row.value.clone());
     admit(records, tx, project.id, &Planned { instance: Some(&instance), ..Default::default() })?;

@@ -53,6 +53,7 @@ impl Engine {
                 return Err(Error::conflict(text));
             }
             crate::checkpoints::demand_none_of(&records, row.id, "and would get another disk")?;
+            crate::layers::demand_one_of(&records, row, "and would get another disk")?;
             tx.expect(row);
             tx.expect(&project);
             let image = inner.source_image(&records, &project, &source, row.kind)?;

@@ -88,6 +88,7 @@ impl Engine {
                 return Err(Error::conflict(text));
             }
             crate::checkpoints::demand_none_of(&records, target.id, "and would get another disk")?;
+            crate::layers::demand_one_of(&records, target, "and would get another disk")?;
             let (from, to) = (root(&records, source)?, root(&records, target)?);
             let taken = |i: &Instance| records.snapshots_of(i.id).into_iter().cloned().collect::<Vec<_>>();
             let (theirs, ours) = (taken(source), taken(target));
@@ -221,6 +222,7 @@ impl Engine {
             }
             crate::checkpoints::demand_none(&records, target.id, "and would get another disk")?;
             crate::keys::demand_same(&target.config, &source.config).map_err(|e| e.at("source.name"))?;
+            crate::layers::demand_one(&records, target.id, "and would get another disk")?;
             if source.content != target.content {
                 let text = format!(
                     "volume {:?} holds {}, and {:?} {}",

@@ -70,6 +70,9 @@ impl Engine {
             }
             tx.expect(source);
             tx.expect(&target);
+            if request.snapshot.is_none() {
+                crate::layers::demand_one_of(&records, source, "which an image would not have")?;
+            }
             let mut options = request.options.clone();
             let now = inner.env.now();
             if options.expires_at.is_some_and(|t| t <= now) {

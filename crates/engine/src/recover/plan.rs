@@ -166,6 +166,7 @@ pub(super) fn plan_volume(
         config,
         spec_version: said.volume.spec_version.max(1),
         created_at: said.volume.created_at,
+        layers: said.volume.layers.clone(),
     };
     // What was found is the container, where it is encrypted.
     volume.size = found.size.map(|stored| volume.shown(stored)).or(size);
@@ -380,6 +381,7 @@ fn snapshots(
                 expires_at: None,
                 scheduled: false,
                 spec_version: 1,
+                external: None,
             });
         }
     }
@@ -492,6 +494,7 @@ pub(super) fn plan_instance(
         config: Config::new(),
         spec_version: said.volume.spec_version.max(1),
         created_at: said.volume.created_at,
+        layers: said.volume.layers.clone(),
     });
     if volume.is_some() && records.volumes.contains_key(&found.volume) {
         return Err(Error::conflict("the database knows its root by now"));

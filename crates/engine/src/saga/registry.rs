@@ -1,7 +1,9 @@
 //! All sagas.
 
 use super::{AnySaga, Erased};
-use crate::{backups, checkpoints, compute, images, network, recover, snapshots, storage, tenancy, volumes};
+use crate::{
+    backups, checkpoints, compute, images, layers, network, recover, snapshots, storage, tenancy, volumes,
+};
 use std::sync::{Arc, LazyLock};
 
 static REGISTRY: LazyLock<Vec<Arc<dyn AnySaga>>> = LazyLock::new(|| {
@@ -27,6 +29,7 @@ static REGISTRY: LazyLock<Vec<Arc<dyn AnySaga>>> = LazyLock::new(|| {
         Arc::new(Erased::<images::ImageCreate>::new()),
         Arc::new(Erased::<images::ImageDelete>::new()),
         Arc::new(Erased::<images::publish::ImagePublish>::new()),
+        Arc::new(Erased::<layers::create::LayersCreate>::new()),
         Arc::new(Erased::<network::NetworkCreate>::new()),
         Arc::new(Erased::<network::NetworkDelete>::new()),
         Arc::new(Erased::<network::NetworkUpdate>::new()),

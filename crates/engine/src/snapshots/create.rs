@@ -101,6 +101,11 @@ impl Engine {
                     return Err(Error::invalid("quiesce", text));
                 }
             }
+            let alone = "which a snapshot would not hold whole";
+            match &found {
+                Found::Instance(row) => crate::layers::demand_one_of(&records, row, alone)?,
+                Found::Volume(row) => crate::layers::demand_one(&records, row.id, alone)?,
+            }
             let (snapshot, refs) = match &found {
                 Found::Instance(row) => {
                     machine = (row.kind == InstanceKind::VirtualMachine).then_some(MachineStateSave {
@@ -131,6 +136,7 @@ impl Engine {
                         expires_at,
                         scheduled: request.automatic,
                         spec_version: 1,
+                        external: None,
                     };
                     (Taken::Instance { snapshot: Box::new(snapshot) }, refs)
                 }

@@ -137,6 +137,19 @@ pub(super) fn plan(
         Found::Instance(row) => crate::checkpoints::demand_none_of(records, row.id, over)?,
         Found::Volume(row) => crate::checkpoints::demand_none(records, row.id, over)?,
     }
+    let layered = "which a restore would take away with what is in it";
+    match found {
+        Found::Instance(row) => crate::layers::demand_one_of(records, row, layered)?,
+        Found::Volume(row) => crate::layers::demand_one(records, row.id, layered)?,
+    }
+    if let Taken::Instance { snapshot } = row.taken()
+        && snapshot.external.is_some()
+    {
+        return Err(Error::unsupported(format!(
+            "snapshot {name:?} is the moment in which the disks went on in new layers, and holds nothing to go back to; what the disks \
+             were then lies below those layers"
+        )));
+    }
     let target = match (found, row.taken()) {
         (Found::Instance(row), Taken::Instance { snapshot }) => {
             let instance = before(inner, records, tx, row, &snapshot, memory)?;

@@ -134,6 +134,7 @@ impl Engine {
             let records = inner.inventory.read();
             let row = records.demand_volume(project.id, pool, name)?;
             crate::checkpoints::demand_none(&records, row.id, "which would not know what was wiped")?;
+            crate::layers::demand_one(&records, row.id, "and a wipe is of one file")?;
             if !records.volume_snapshots_of(row.id).is_empty() {
                 return Err(Error::conflict(format!(
                     "volume {name:?} has snapshots, which would still show what was in it; delete them first"
@@ -266,6 +267,7 @@ impl Engine {
             let row = records.demand_volume(project.id, pool, name)?;
             demand_room(row, request.offset, request.length)?;
             crate::checkpoints::demand_none(&records, row.id, "which would not know what was written")?;
+            crate::layers::demand_one(&records, row.id, "and what is written goes into one file")?;
             demand_still(&records, tx, row)?;
             let path = path(&records, row);
             let plan = WritePlan {

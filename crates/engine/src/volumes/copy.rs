@@ -77,6 +77,9 @@ impl Engine {
                 .demand_volume(origin.id, &request.pool, &request.name)
                 .map_err(|e| e.at("source.name"))?;
             tx.expect(source);
+            if request.snapshot.is_none() {
+                crate::layers::demand_one(&records, source.id, "which a copy would not have")?;
+            }
             let pool = records.pool(pool)?;
             let owner = begin_new(&records, tx, &project, pool, &name)?;
             let all = records.volume_snapshots_of(source.id);
@@ -117,6 +120,7 @@ impl Engine {
                 config,
                 spec_version: 1,
                 created_at: inner.env.now(),
+                layers: Default::default(),
             };
             let planned = Planned { volume: Some(&volume), ..Default::default() };
             admit(&records, &mut Tx::default(), owner, &planned)?;

@@ -73,6 +73,7 @@ impl Engine {
                 config,
                 spec_version: 1,
                 created_at: inner.env.now(),
+                layers: Default::default(),
             };
             // Decided when it is there; said now, before anything is made.
             let planned = Planned { volume: Some(&volume), ..Default::default() };

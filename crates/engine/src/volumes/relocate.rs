@@ -129,12 +129,16 @@ impl Engine {
             }
             if other_pool {
                 crate::checkpoints::demand_none(&records, row.id, "which does not go to another pool")?;
+                crate::layers::demand_one(&records, row.id, "which does not go to another pool")?;
             }
             let mut volume = row.value.clone();
             volume.project = owner;
             volume.name = new_name.to_string();
             volume.pool = there.id;
             volume.spec_version += 1;
+            if other_pool {
+                volume.layers = Default::default();
+            }
             let mut copy = None;
             let mut snapshots = vec![];
             if other_pool {

@@ -15,10 +15,14 @@ use karst_engine::{
     },
     compute::{
         create::CreateInstance,
-        disk_copy::{CopyDisk, CopyTarget},
+        disk_copy::{
+            CopyDisk, CopyTarget,
+            merge::{LayerName, MergeDisk, MergeLayers},
+        },
         memory_files::{AfterDump, DumpMemory, SaveMemory},
         relocate::MoveInstance,
     },
+    layers::create::CreateLayers,
     snapshots::{Origin, create::CreateSnapshot},
 };
 use karst_model::{
@@ -68,6 +72,25 @@ async fn copy_disk(w: &World, pool: &str, new: bool) -> Result<LiveOperation> {
     let to = CopyTarget::Volume { pool: pool.into(), name: "v2".into(), new };
     let request = CopyDisk { device: Some("sda".into()), to, hold: false, speed: 0, synchronous: true };
     w.engine.disk_copy_begin(&w.admin, "default", "c1", request).await
+}
+
+async fn layer(w: &World, snapshot: &str, quiesce: bool) -> Result<LiveOperation> {
+    let request = CreateLayers { snapshot: Some(snapshot.into()), quiesce, ..Default::default() };
+    w.engine.layers_create(&w.admin, "default", "c1", request).await
+}
+
+async fn merge(w: &World, what: MergeLayers) -> Result<LiveOperation> {
+    let request = MergeDisk { device: None, what, hold: false, speed: 0 };
+    w.engine.layers_merge(&w.admin, "default", "c1", request).await
+}
+
+/// A machine that runs, with two layers.
+async fn layered(w: &World) -> Result<()> {
+    machine(w).await?;
+    for name in ["s1", "s2"] {
+        done(w, layer(w, name, false).await).await?;
+    }
+    Ok(())
 }
 
 async fn save_memory(w: &World) -> Result<LiveOperation> {
@@ -170,6 +193,45 @@ pub(super) fn scenarios() -> Vec<Scenario> {
                 done(w, set_power(w, PowerAction::Freeze).await).await
             },
             |w| copy_disk(w, "default", false).await
+        ),
+        scenario!(
+            "instance-disk-copy",
+            "of no disk: its active layer goes into the lowest file",
+            |w| layered(w).await,
+            |w| merge(w, MergeLayers::Commit { top: None, base: LayerName::Lowest }).await
+        ),
+        scenario!(
+            "instance-disk-copy",
+            "of no disk: a layer goes into the one below it",
+            |w| layered(w).await,
+            |w| {
+                let top = Some("instances/c1.s1".into());
+                merge(w, MergeLayers::Commit { top, base: LayerName::Lowest }).await
+            }
+        ),
+        scenario!(
+            "instance-disk-copy",
+            "of no disk: all that is below goes into the active layer",
+            |w| layered(w).await,
+            |w| merge(w, MergeLayers::Pull { base: None }).await
+        ),
+        scenario!(
+            "layers-create",
+            "of a machine that runs, with still file systems, over a layer",
+            |w| {
+                machine(w).await?;
+                done(w, layer(w, "s1", false).await).await
+            },
+            |w| layer(w, "s2", true).await
+        ),
+        scenario!(
+            "layers-create",
+            "of a machine that does not run",
+            |w| {
+                machine(w).await?;
+                done(w, set_power(w, PowerAction::Stop).await).await
+            },
+            |w| layer(w, "s1", false).await
         ),
         scenario!("machine-memory-writing", "a machine that runs, saved", |w| machine(w).await, |w| {
             save_memory(w).await

@@ -9,9 +9,13 @@
 //! Such a word is kept in memory only: whoever gave it waits for what comes of it, and gives it again to a daemon that was
 //! started anew.
 
+pub mod merge;
 pub mod saga;
 
-use self::saga::{CopyPlan, DiskCopying};
+use self::{
+    merge::Work,
+    saga::{CopyPlan, DiskCopying},
+};
 use super::{expand, lock, path, relocate::pin};
 use crate::{
     Engine, EngineInner, Records, Row,
@@ -46,8 +50,8 @@ const CALL: Duration = Duration::from_secs(30);
 /// How long whoever stops a machine waits for the end of a copy.
 const BREAK: Duration = Duration::from_secs(120);
 
-/// Key of an operation's metadata under which it says that it copies a disk: an object with `instance` (UUID), `device` and
-/// `ready`.
+/// Key of an operation's metadata under which it says that it copies a disk, or merges layers of one: an object with `instance` (UUID),
+/// `device`, `ready`, and `job`: `copy`, `pull`, `commit` or `active-commit`.
 pub const METADATA: &str = "disk_copy";
 
 /// Where a disk is to be copied.
@@ -91,6 +95,8 @@ pub struct DiskCopyView {
     pub state: DiskCopyState,
     /// The operation that it is.
     pub operation: OperationId,
+    /// It is no copy: layers of the disk are merged.
+    pub work: Option<Work>,
 }
 
 /// What was said of copies that wait for a word.
@@ -183,7 +189,8 @@ impl Engine {
         let Some(Going { operation, plan, .. }) = found else { return Ok(None) };
         let agent = self.inner().agents.get(plan.node)?;
         let state = agent.machine_copy_state(&CallContext::read(CALL), plan.copy()).await?;
-        Ok(Some(DiskCopyView { device: plan.device, state, operation }))
+        let work = plan.merge.map(|m| m.work());
+        Ok(Some(DiskCopyView { device: plan.device, state, operation, work }))
     }
 
     /// Ends the copy of a disk, and with `wait` answers when it has ended. One that the machine is to go on from, or that is to be
@@ -299,10 +306,10 @@ struct Origin<'a> {
     volume: &'a Row<Volume>,
 }
 
-fn origin<'a>(records: &'a Records, row: &Row<Instance>, request: &CopyDisk) -> Result<Origin<'a>> {
+fn origin<'a>(records: &'a Records, row: &Row<Instance>, device: Option<&str>) -> Result<Origin<'a>> {
     let devices = records.expanded(row).1;
     let parsed = expand::parse_devices(&devices)?;
-    let device = request.device.clone().unwrap_or_else(|| parsed.root.0.clone());
+    let device = device.map_or_else(|| parsed.root.0.clone(), str::to_owned);
     let keys = devices.get(&device).cloned();
     let keys =
         keys.ok_or_else(|| Error::not_found(format!("the instance has no device {device:?}")).at("device"))?;
@@ -380,9 +387,10 @@ fn prepare(
     }
     tx.expect(row);
     tx.expect(project);
-    let Origin { device, keys, root, owned, volume: old } = origin(records, row, request)?;
+    let Origin { device, keys, root, owned, volume: old } = origin(records, row, request.device.as_deref())?;
     let size = old.size.ok_or_else(|| Error::internal("the size of the disk is not known", old.id))?;
     tx.expect(old);
+    crate::layers::demand_one(records, old.id, "and a copy is of a disk that is one file")?;
     let all = if root { records.snapshots_of(row.id) } else { vec![] };
     let mut after = keys;
     let (mut stays, mut snapshots) = (None, vec![]);
@@ -411,6 +419,7 @@ fn prepare(
             let mut volume = old.value.clone();
             volume.id = VolumeId(inner.env.uuid());
             volume.pool = pool.id;
+            volume.layers = Default::default();
             volume.spec_version += 1;
             let mut own = row.devices.clone();
             pin(&mut own, &[(device.clone(), after)].into(), &device, &pool.name);
@@ -477,6 +486,7 @@ fn prepare(
         after,
         path: path.clone(),
         device,
+        merge: None,
     };
     let words = if plan.hold || !owned { "Copying disk of instance" } else { "Moving instance" };
     let mut new = NewOperation::task(words, Some(project.id), "instances", path);
@@ -512,6 +522,7 @@ pub(crate) fn new_volume(
         config: Config::from([("size".into(), size.bytes().to_string())]),
         spec_version: 1,
         created_at: inner.env.now(),
+        layers: Default::default(),
     };
     admit(records, tx, volume.project, &Planned { volume: Some(&volume), ..Default::default() })?;
     Ok(volume)
@@ -561,6 +572,12 @@ impl CopyPlan {
 
     /// What its operation says of it.
     fn told(&self, ready: bool) -> serde_json::Value {
-        serde_json::json!({"instance": self.guest.instance, "device": self.device, "ready": ready})
+        let job = match self.merge.map(|m| m.work()) {
+            None => "copy",
+            Some(Work::Pull) => "pull",
+            Some(Work::Commit) => "commit",
+            Some(Work::ActiveCommit) => "active-commit",
+        };
+        serde_json::json!({"instance": self.guest.instance, "device": self.device, "ready": ready, "job": job})
     }
 }

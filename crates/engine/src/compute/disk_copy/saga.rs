@@ -5,7 +5,10 @@
 //! that it is so, a step whose answer is lost is asked again until it is known, an undo that finds it so lets the records follow,
 //! and even a saga that fails or is abandoned then leaves records that say where the machine is.
 
-use super::super::{copy::VolumeCopy, lock, relocate::pin};
+use super::{
+    super::{copy::VolumeCopy, lock, relocate::pin},
+    merge::MergePlan,
+};
 use crate::{
     EngineInner, Records,
     db::Tx,
@@ -13,7 +16,10 @@ use crate::{
     volumes,
 };
 use async_trait::async_trait;
-use karst_agent::{CallContext, GuestRef, MachineCopyBegin, MachineCopyEnd, VolumeRebuild, VolumeRef};
+use karst_agent::{
+    CallContext, GuestRef, MachineCopyBegin, MachineCopyEnd, MachineMergeBegin, MachineMergeEnd,
+    VolumeRebuild, VolumeRef,
+};
 use karst_env::EnvExt;
 use karst_model::{
     Config, Error, ErrorKind, NodeId, Result, SnapshotId,
@@ -73,6 +79,9 @@ pub struct CopyPlan {
     pub(super) path: String,
     /// Path of the custom volume that the copy is.
     pub(super) volume_path: Option<String>,
+    /// It is no copy: layers of the disk are merged, and `to` is the disk's own volume.
+    #[serde(default)]
+    pub(super) merge: Option<MergePlan>,
 }
 
 /// Outputs of [`DiskCopying`].
@@ -93,6 +102,19 @@ impl CopyPlan {
 
     fn ending(&self, end: DiskCopyEnd) -> MachineCopyEnd {
         MachineCopyEnd { instance: self.guest.instance, from: self.from, to: self.at(), end }
+    }
+
+    /// Lets the host end it.
+    async fn end(&self, cx: &StepContext, how: DiskCopyEnd) -> Result<()> {
+        let agent = cx.agent(self.node)?;
+        match &self.merge {
+            Some(plan) => {
+                let (instance, volume, merge) = (self.guest.instance, self.from, plan.merge);
+                let end = MachineMergeEnd { instance, volume, merge, end: how };
+                agent.machine_merge_end(&cx.mutate(END), end).await
+            }
+            None => agent.machine_copy_end(&cx.mutate(END), self.ending(how)).await,
+        }
     }
 
     /// Makes the volume: with the snapshots of the old one, and else empty, of exactly its size.
@@ -138,14 +160,25 @@ impl CopyPlan {
 
     /// Copies until the copy is what the disk is, and, where somebody wants to say so, until it is said how it is to end.
     async fn mirror(&self, cx: &StepContext, outputs: &mut CopyOutputs) -> Result<()> {
-        let begin = MachineCopyBegin {
-            guest: self.guest,
-            from: self.from,
-            to: self.at(),
-            speed: self.speed,
-            synchronous: self.synchronous,
-        };
-        cx.agent(self.node)?.machine_copy_begin(&cx.mutate(CALL), begin).await?;
+        let agent = cx.agent(self.node)?;
+        match &self.merge {
+            Some(plan) => {
+                let (guest, volume, merge, speed) = (self.guest, self.from, plan.merge, self.speed);
+                let begin = MachineMergeBegin { guest, volume, merge, speed };
+                agent.machine_merge_begin(&cx.mutate(CALL), begin).await?;
+            }
+            None => {
+                let begin = MachineCopyBegin {
+                    guest: self.guest,
+                    from: self.from,
+                    to: self.at(),
+                    speed: self.speed,
+                    synchronous: self.synchronous,
+                };
+                agent.machine_copy_begin(&cx.mutate(CALL), begin).await?;
+            }
+        }
+        drop(agent);
         let (mut silent, mut told) = (Duration::ZERO, None);
         loop {
             let word = cx.engine.copy_words.next();
@@ -161,7 +194,11 @@ impl CopyPlan {
                     // By an earlier executor.
                     DiskCopyPhase::Pivoted => return Ok(()),
                     DiskCopyPhase::Failed { reason } => {
-                        return Err(Error::conflict(format!("the disk could not be copied: {reason}")));
+                        let what = match self.merge {
+                            Some(_) => "layers of the disk could not be merged",
+                            None => "the disk could not be copied",
+                        };
+                        return Err(Error::conflict(format!("{what}: {reason}")));
                     }
                     DiskCopyPhase::Gone => {
                         return Err(Error::conflict("the virtual machine ended before its disk was copied"));
@@ -175,8 +212,7 @@ impl CopyPlan {
                     _ if !self.hold => return Ok(()),
                     Some(DiskCopyEnd::Pivot) => return Ok(()),
                     Some(DiskCopyEnd::Finish) => {
-                        let end = self.ending(DiskCopyEnd::Finish);
-                        cx.agent(self.node)?.machine_copy_end(&cx.mutate(END), end).await?;
+                        self.end(cx, DiskCopyEnd::Finish).await?;
                         outputs.finished = true;
                         return Ok(());
                     }
@@ -211,11 +247,7 @@ impl CopyPlan {
     async fn pivot(&self, cx: &StepContext) -> Result<()> {
         let (mut refused, mut unfinished) = (0, 0);
         loop {
-            let done = match cx.agent(self.node) {
-                Ok(agent) => agent.machine_copy_end(&cx.mutate(END), self.ending(DiskCopyEnd::Pivot)).await,
-                Err(e) => Err(e),
-            };
-            let Err(e) = done else { return Ok(()) };
+            let Err(e) = self.end(cx, DiskCopyEnd::Pivot).await else { return Ok(()) };
             let mut silent = Duration::ZERO;
             match self.look(cx, &mut silent).await {
                 Ok(Some(state)) => match state.phase {
@@ -251,7 +283,7 @@ impl CopyPlan {
         if state.phase != DiskCopyPhase::Pivoted {
             return Ok(false);
         }
-        if let Err(e) = agent.machine_copy_end(&cx.mutate(END), self.ending(DiskCopyEnd::Pivot)).await {
+        if let Err(e) = self.end(cx, DiskCopyEnd::Pivot).await {
             tracing::warn!(instance = %self.guest.instance, error = %e, context = e.context, "a machine may stand still for the end of a copy of its disk; stop it and start it again");
         }
         cx.engine.transact(|records, tx| self.switch(records, tx)).await?;
@@ -261,7 +293,7 @@ impl CopyPlan {
     /// Do the records say that the machine goes on from the copy?
     fn is_switched(&self, records: &Records) -> bool {
         let row = records.instances.get(&self.guest.instance);
-        row.is_some_and(|row| row.devices.get(&self.device) == Some(&self.after))
+        self.merge.is_none() && row.is_some_and(|row| row.devices.get(&self.device) == Some(&self.after))
     }
 
     /// Lets instance, snapshots and what is known of the running guest be as they are when it goes on from the copy; done
@@ -269,6 +301,9 @@ impl CopyPlan {
     fn switch(&self, records: &Records, tx: &mut Tx) -> Result<()> {
         let row = records.instances.get(&self.guest.instance);
         let row = row.ok_or_else(|| Error::not_found("the instance is gone"))?;
+        if let Some(plan) = &self.merge {
+            return plan.switch(records, tx, row, self.from.volume);
+        }
         if row.devices.get(&self.device) == Some(&self.after) {
             return Ok(());
         }
@@ -401,8 +436,7 @@ impl Saga for DiskCopying {
                 }
             }
             1 => {
-                let end = plan.ending(DiskCopyEnd::Cancel);
-                let cancelled = agent.machine_copy_end(&cx.mutate(END), end).await;
+                let cancelled = plan.end(cx, DiskCopyEnd::Cancel).await;
                 match cancelled.is_err() && plan.follow(cx).await.unwrap_or(false) {
                     true => Ok(()),
                     false => cancelled,
