@@ -9,6 +9,7 @@ mod crowd;
 mod define;
 mod documents;
 mod elements;
+mod encryption;
 mod events;
 mod filesystems;
 mod fuzzed;

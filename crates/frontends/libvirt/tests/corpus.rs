@@ -6,7 +6,10 @@
 //! and volumes. Whether QEMU takes the machine that is made of it is not asked here: the host is simulated.
 #![allow(clippy::disallowed_methods)] // a test tool
 
-use crate::support::{Client, Refused, Server, argument};
+use crate::{
+    host::number,
+    support::{Client, Refused, Server, argument},
+};
 use karst_frontend_libvirt::{
     error::Code,
     xdr::Reader,
@@ -93,6 +96,21 @@ async fn provide(client: &mut Client, root: &Element, made: &mut BTreeSet<String
             w.string(&new);
         });
         let _ = client.call(41, &text).await;
+    }
+    for disk in devices.all("disk") {
+        let places = [disk.find("encryption"), disk.find("source").and_then(|s| s.find("encryption"))];
+        let secrets = places.into_iter().flatten().flat_map(|e| e.all("secret"));
+        for usage in secrets.filter_map(|s| s.attribute("usage")) {
+            if made.insert(format!("secret {usage}")) {
+                let usage =
+                    Element::new("usage").with("type", "volume").child(Element::text("volume", usage));
+                let new = Element::new("secret").child(usage).document();
+                let text = argument(|w| {
+                    w.string(&new).u32(0);
+                });
+                let _ = client.call(number("SECRET_DEFINE_XML"), &text).await;
+            }
+        }
     }
     for disk in devices.all("disk").filter(|d| d.attribute("type") == Some("volume")) {
         let (Some(pool), Some(volume)) = (named(disk, "pool"), named(disk, "volume")) else { continue };
