@@ -4,7 +4,6 @@
 use crate::{
     argv::{Machine, argv, fd},
     devices::{Disk, Layout, MAX_LOWER, Nic},
-    devices::{Disk, Layout, Nic},
     directories, given, keys,
     placement::Placed,
     ports,

@@ -7,7 +7,6 @@
 use crate::{
     backups, bitmaps, copies,
     devices::{Disk, Layout, Nic, Side, device_id, layer_of_set, layer_set, rates},
-    devices::{Disk, Layout, Nic, Side, device_id, rates},
     directories, keys, launch,
     machine::Inner,
     qmp::{Event, Qmp},

@@ -215,6 +215,16 @@ impl ObjectPool {
         Ok(())
     }
 
+    /// The kernel writes what was said later, and then knows an error of input and output only: where the pool is full that was why.
+    async fn explained(&self, e: Error) -> Error {
+        match self.room().await {
+            Err(full) if full.is(ErrorKind::Quota) && !e.is(ErrorKind::Quota) => {
+                full.with_context(format!("{}: {}", e.message, e.context.unwrap_or_default()))
+            }
+            _ => e,
+        }
+    }
+
     /// Mounts a tree; nothing happens when it is mounted already.
     async fn mount(&self, object: Object, kept: Kept, at: PathBuf) -> Result<()> {
         let _one = self.inner.mounting.lock().await;
@@ -265,7 +275,10 @@ impl ObjectPool {
         })
         .await;
         self.unmount(at).await?;
-        filled
+        match filled {
+            Ok(()) => Ok(()),
+            Err(e) => Err(self.explained(e).await),
+        }
     }
 
     async fn make(&self, object: Object, kept: Kept) -> Result<()> {
@@ -282,14 +295,18 @@ impl ObjectPool {
     async fn poured(&self, work: &Work, kept: Kept, from: PathBuf) -> Result<()> {
         self.make(work.object(), kept).await?;
         let device = self.backend().device(work.object()).await?;
-        blocking(move || {
+        let poured = blocking(move || {
             let source = File::open(&from)?;
             let size = io::Seek::seek(&mut &source, io::SeekFrom::End(0))?;
             let target = File::options().write(true).open(&device)?;
             karst_host::fs::copy_sparse(&source, &target, size)?;
             Ok(target.sync_all()?)
         })
-        .await
+        .await;
+        match poured {
+            Ok(()) => Ok(()),
+            Err(e) => Err(self.explained(e).await),
+        }
     }
 
     /// A clone with all that was written before the call. What the kernel has still to write to a device the device has not:

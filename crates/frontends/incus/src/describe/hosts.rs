@@ -2,7 +2,8 @@
 
 use super::{
     Kind::{
-        Any, Either, Flag, Integer, List, Map, Maybe, Null, Nullable, Number, Object, Text, Texts, Time, Word,
+        Any, Config, Either, Flag, Integer, List, Map, Maybe, Null, Nullable, Number, Object, Text, Texts,
+        Time, Word,
     },
     Shape,
     answers::{KINDS, STATUS},

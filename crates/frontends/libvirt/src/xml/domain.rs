@@ -173,7 +173,7 @@ pub fn document_of(
     e.push_some(super::machine::write::metadata(config));
     e.push(Element::text("memory", memory).with("unit", "KiB"));
     e.push(Element::text("currentMemory", current).with("unit", "KiB"));
-    e.push(sizes::shown(cpus, pinned.as_ref()));
+    e.push(sizes::shown(cpus, pinned.as_ref(), false));
     container(&mut e, &facts, &parse_devices(devices)?, view, live.then_some(bridge));
     Ok(e.document())
 }

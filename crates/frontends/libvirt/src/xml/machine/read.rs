@@ -8,8 +8,7 @@ use super::{
 };
 use crate::{
     error::VirError,
-    xml::{Element, domain::ranges, encryption, is_name, is_prefix, nwfilter},
-    xml::{Element, is_name, is_prefix, nwfilter},
+    xml::{Element, encryption, is_name, is_prefix, nwfilter},
 };
 use karst_model::{
     board::{MOST, UsbController, UsbModel, without_usual},
