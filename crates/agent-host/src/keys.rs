@@ -14,8 +14,9 @@ use std::{collections::BTreeMap, time::Duration};
 
 /// For how long they are held without their call: as the protocol says.
 const HELD: Duration = Duration::from_secs(600);
-/// For how many calls there may be some.
+/// For how many calls there may be some, and how many bytes of them together.
 const OWNERS: usize = 1024;
+const BYTES: usize = 16 << 20;
 
 /// Passphrases that are held.
 pub(crate) struct Keys {
@@ -50,6 +51,11 @@ impl Keys {
         held.retain(|_, (since, _)| now.saturating_sub(*since) < HELD);
         if held.len() >= OWNERS && !held.contains_key(&request.of) {
             return Err(Error::quota(format!("passphrases are held for {OWNERS} calls already; try again")));
+        }
+        let length = |keys: &Passphrases| keys.values().map(|k| k.text().len()).sum::<usize>();
+        let others = held.iter().filter(|(of, _)| **of != request.of);
+        if others.map(|(_, (_, keys))| length(keys)).sum::<usize>() + length(&request.keys) > BYTES {
+            return Err(Error::quota(format!("passphrases of {BYTES} bytes are held already; try again")));
         }
         held.insert(request.of, (now, request.keys));
         Ok(())

@@ -614,6 +614,14 @@ pub fn attempts(karstd: &Karstd) -> Vec<(&'static str, String, Value, Comes)> {
         add("display_attach_spice", what, guarded.clone(), Refused);
         add("display_guard", what, guarded, Refused);
     }
+    for (what, of, passphrase) in [
+        ("that is none", "guest", ""),
+        ("with NUL", "volume", "a\0b"),
+        ("for what is no owner", "path", "open sesame"),
+    ] {
+        let keys = json!({"00000000-0000-0000-0000-000000000001": passphrase});
+        add("keys_hand", what, json!({"of": {of: id(4)}, "keys": keys}), Refused);
+    }
 
     for (key, value) in [("uid", u32::MAX), ("gid", u32::MAX), ("mode", 0o1_000_000)] {
         let mut request = json!(FileWriteRequest {
