@@ -151,6 +151,7 @@ plain!(
     BackupFacts,
     PoolSurveyed,
     Vec<FoundPool>,
+    Vec<FoundSource>,
     VolumeFilled,
     Vec<(InstanceId, Metrics)>,
     Vec<(InstanceId, MachineFigures)>,
