@@ -10,8 +10,9 @@ use crate::{
 };
 use karst_agent::{VolumeRef, VolumeWrite, WithFds};
 use karst_host::Program;
+use karst_image::qcow2;
 use karst_model::{Error, Result, SessionId, storage::VolumeContent};
-use karst_storage::{Format, Reading};
+use karst_storage::{Format, PoolDriver, Reading};
 use std::{fs::File, os::fd::OwnedFd, path::Path, time::Duration};
 
 /// Longest that a disk may be held open: as long as a stream may take.
@@ -72,6 +73,9 @@ impl RealAgent {
         demand_disk(info.content)?;
         let staged = self.open_staged(request.staged)?;
         let (size, length) = (info.size.unwrap_or_default().bytes(), staged.metadata()?.len());
+        if request.image {
+            return self.write_image(&*pool, request, staged, size).await;
+        }
         if request.offset.checked_add(length).is_none_or(|end| end > size) {
             let text = format!("what is written reaches beyond the end of the disk at {size} bytes");
             return Err(Error::invalid("length", text));
@@ -91,6 +95,45 @@ impl RealAgent {
             Ok(karst_host::fs::put_sparse(&staged, &disk, offset)?)
         })
         .await?;
+        filling.commit().await.map(drop)
+    }
+
+    /// Makes a disk of `size` bytes what a staged image is, by workers that see nothing else.
+    async fn write_image(
+        &self,
+        pool: &dyn PoolDriver,
+        request: VolumeWrite,
+        staged: File,
+        size: u64,
+    ) -> Result<()> {
+        if request.offset > 0 {
+            return Err(Error::invalid("offset", "an image is of a whole disk"));
+        }
+        let header = qcow2::check("volume", &staged)?;
+        if header.size > size {
+            let text = format!(
+                "the image is of a disk of {} bytes, and the volume has {size}; let it grow first",
+                header.size
+            );
+            return Err(Error::invalid("volume", text));
+        }
+        let at = request.volume;
+        self.unused(at.volume).await?;
+        let filling = contents(pool)?.begin(at.volume).await?;
+        let image = || -> Result<OwnedFd> { Ok(staged.try_clone()?.into()) };
+        // Converting reads what lies past the end as zeros; only the check tells a cut or damaged file. Its exit code 3 means lost
+        // clusters, which is harmless.
+        let checking = self.worker().readable("upload", image()?);
+        let checked = checking.exec(Program::QemuImg, &["check", "-q", "-f", "qcow2", "/upload"]).await?;
+        if checked.code != 3 {
+            converted(checked)?;
+        }
+        let worker = self.worker().readable("upload", image()?);
+        let worker = worker.writable("out", open(filling.directory(), false)?);
+        let args = ["convert", "-f", "qcow2", "-O", "raw", "/upload", "/out/disk.img"];
+        converted(worker.exec(Program::QemuImg, &args).await?)?;
+        let path = filling.directory().join("disk.img");
+        blocking(move || Ok(File::options().write(true).open(path)?.set_len(size)?)).await?;
         filling.commit().await.map(drop)
     }
 }

@@ -155,6 +155,10 @@ pub struct VolumeWrite {
     pub staged: BackupId,
     /// Byte of the disk that its first goes to.
     pub offset: u64,
+    /// It is an image in the format qcow2, self-contained, of a disk that is not larger: the volume becomes that disk, with zeros
+    /// behind its end. `offset` is 0 then.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub image: bool,
 }
 
 /// What became of a volume that was filled.

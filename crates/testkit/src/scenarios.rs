@@ -772,7 +772,7 @@ pub fn all() -> Vec<Scenario> {
                 let upload = w.engine.backup_upload(&w.admin, "default")?;
                 let staged = w.engine.backup_upload_open(&w.admin, "default", upload).await?;
                 std::fs::File::from(staged).write_all(b"written")?;
-                let request = WriteVolume { upload, length: 7, offset: 512 };
+                let request = WriteVolume { upload, length: 7, offset: 512, image: false };
                 w.engine.volume_write(&w.admin, "default", "default", "v1", request).await
             }
         ),

@@ -543,10 +543,11 @@ fn cases() -> Vec<Case> {
         volume_move Edit |f, c, p| f.w.engine.volume_move(c, p, "default", "data", karst_engine::volumes::relocate::MoveVolume { name: Some("moved".into()), pool: Some("second".into()), project: None }).await.map(drop);
         volume_rename Edit |f, c, p| f.w.engine.volume_rename(c, p, "default", "data", "renamed").await;
         volume_wipe Edit |f, c, p| f.w.engine.volume_wipe(c, p, "default", "data").await.map(drop);
+        volume_image Edit |f, c, p| f.w.engine.volume_image(c, p, "default", "blocks").await.map(drop);
         volume_open Edit |f, c, p| f.w.engine.volume_open(c, p, "default", "blocks").await.map(drop);
         volume_upload Edit |f, c, p| f.w.engine.volume_upload(c, p, 1).map(drop);
         volume_writable Edit |f, c, p| f.w.engine.volume_writable(c, p, "default", "blocks", (0, 1));
-        volume_write Edit |f, c, p| { let upload = upload(&f.w, of_still(HERE)).await?; f.w.engine.volume_write(c, p, "default", "blocks", WriteVolume { upload, length: 1, offset: 0 }).await.map(drop) };
+        volume_write Edit |f, c, p| { let upload = upload(&f.w, of_still(HERE)).await?; f.w.engine.volume_write(c, p, "default", "blocks", WriteVolume { upload, length: 1, offset: 0, image: false }).await.map(drop) };
         volume_file_open Use |f, c, p| f.w.engine.volume_file_open(c, data(p), "/").await.map(drop);
         volume_file_write Use |f, c, p| f.w.engine.volume_file_write(c, data(p), link("/x")).await.map(drop);
         volume_file_delete Use |f, c, p| {

@@ -775,7 +775,7 @@ async fn volume_in_use(guest: &Guest<'_>) {
     refused(agent.volume_import(&s.change(), VolumeImport { volume, format }).await, ErrorKind::Conflict);
     if guest.spec.kind == InstanceKind::VirtualMachine {
         let staged = s.stage(b"not now").await;
-        let write = VolumeWrite { volume, staged, offset: 0 };
+        let write = VolumeWrite { volume, staged, offset: 0, image: false };
         refused(agent.volume_write(&s.change(), write).await, ErrorKind::Conflict);
         agent.backup_delete(&s.change(), staged).await.unwrap();
     }

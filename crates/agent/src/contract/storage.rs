@@ -253,7 +253,7 @@ pub(super) async fn bytes(s: &Subject) {
     assert_eq!(read((4 << 20) - 10, 10).await, vec![0; 10]);
     let write = async |offset: u64, data: &[u8]| {
         let staged = s.stage(data).await;
-        let request = VolumeWrite { volume: at, staged, offset };
+        let request = VolumeWrite { volume: at, staged, offset, image: false };
         let outcome = agent.volume_write(&s.change(), request).await;
         if outcome.is_ok() {
             agent.volume_write(&s.change(), request).await.expect("twice is once");
@@ -274,7 +274,17 @@ pub(super) async fn bytes(s: &Subject) {
     agent.volume_snapshot_restore(&s.change(), first).await.expect("its snapshots stayed");
     assert_eq!(read(1 << 20, 1).await, [1]);
 
-    let gone = VolumeWrite { volume: at, staged: karst_model::BackupId(s.env.uuid()), offset: 0 };
+    // An image of a disk instead of its bytes: what is none changes nothing, and one that is stated is not probed for.
+    let staged = s.stage(b"no image at all").await;
+    let image = VolumeWrite { volume: at, staged, offset: 0, image: true };
+    refused(agent.volume_write(&s.change(), image).await, ErrorKind::Invalid);
+    let shifted = VolumeWrite { offset: 512, ..image };
+    refused(agent.volume_write(&s.change(), shifted).await, ErrorKind::Invalid);
+    agent.backup_delete(&s.change(), staged).await.unwrap();
+    assert_eq!(read(0, 2).await, [1, 1]);
+
+    let gone =
+        VolumeWrite { volume: at, staged: karst_model::BackupId(s.env.uuid()), offset: 0, image: false };
     refused(agent.volume_write(&s.change(), gone).await, ErrorKind::NotFound);
     let tree = s.volume(pool, InstanceKind::Container, None);
     let tree_at = VolumeRef { pool, volume: tree.id };

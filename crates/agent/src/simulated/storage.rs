@@ -16,6 +16,9 @@ use karst_model::{
 use serde::{Deserialize, Serialize};
 use std::{collections::BTreeMap, sync::Arc};
 
+/// How images of disks begin.
+const IMAGE: &[u8] = b"QFI\xfb";
+
 /// What a volume holds, and each of its snapshots.
 #[derive(Clone, Default, PartialEq, Serialize, Deserialize)]
 pub(super) struct Held {
@@ -236,11 +239,14 @@ impl SimulatedAgent {
         let mut state = self.settled();
         let (held, _, content) = state.held(request.volume, request.snapshot)?;
         check_format(content, request.format, true)?;
-        let data = if held.files.is_empty() && !held.imported.is_empty() {
+        let mut data = if held.files.is_empty() && !held.imported.is_empty() {
             held.imported.to_vec()
         } else {
             serde_json::to_vec(&held)?
         };
+        if request.format == StreamFormat::Qcow2 {
+            data = [IMAGE, &data[..]].concat();
+        }
         let (session, fd) = Session::export(InstanceId(uuid::Uuid::nil()), data)?;
         let value = SessionId(self.env.uuid());
         state.add_session(value, session)?;
@@ -254,6 +260,10 @@ impl SimulatedAgent {
         state.writer(request.volume, false)?;
         let states = self.state.clone();
         let commit = move |data: Vec<u8>| {
+            let data = match data.strip_prefix(IMAGE).filter(|_| request.format == StreamFormat::Qcow2) {
+                Some(disk) => disk.to_vec(),
+                None => data,
+            };
             let mut state = states.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
             state.writer(request.volume, false)?;
             let volume = state.volume_mut(request.volume)?;
@@ -284,7 +294,13 @@ impl SimulatedAgent {
     }
 
     pub(super) fn write_volume(&self, request: &VolumeWrite) -> Result<()> {
-        let data = self.staged_backup(request.staged)?;
+        let mut data = self.staged_backup(request.staged)?;
+        if request.image {
+            // As images are here: what begins as one, and then the bytes of the disk.
+            let disk = data.strip_prefix(IMAGE).filter(|_| request.offset == 0);
+            let wrong = || Error::invalid("volume", "the disk image is not in qcow2 format");
+            data = disk.ok_or_else(wrong)?.to_vec();
+        }
         let mut state = self.settled();
         let volume = state.volume(request.volume)?;
         demand_disk(volume.spec.content)?;
@@ -296,7 +312,7 @@ impl SimulatedAgent {
         };
         state.writer(request.volume, false)?;
         let volume = state.volume_mut(request.volume)?;
-        let mut bytes = volume.held.imported.to_vec();
+        let mut bytes = if request.image { vec![] } else { volume.held.imported.to_vec() };
         bytes.resize(bytes.len().max(end as usize), 0);
         bytes[request.offset as usize..end as usize].copy_from_slice(&data);
         volume.held.imported = Arc::new(bytes);

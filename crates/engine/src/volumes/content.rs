@@ -15,7 +15,9 @@ use crate::{
     tenancy::rules::ProjectRules,
 };
 use async_trait::async_trait;
-use karst_agent::{CallContext, VolumeRebuild, VolumeRef, VolumeWrite as WriteCall};
+use karst_agent::{
+    CallContext, StreamFormat, VolumeExport, VolumeRebuild, VolumeRef, VolumeWrite as WriteCall,
+};
 use karst_model::{
     BackupId, ByteSize, Error, NodeId, ProjectId, Result, VolumeId, spec::VolumeSource, storage::Volume,
 };
@@ -47,6 +49,21 @@ pub struct WriteVolume {
     pub length: u64,
     /// Byte of the volume that its first goes to.
     pub offset: u64,
+    /// It is a self-contained image in the format qcow2 of what the whole volume is to be, rather than bytes of the disk.
+    pub image: bool,
+}
+
+/// A disk on its way out as an image. Dropped it ends.
+pub struct ImageOfVolume {
+    /// The image, to its end; whole when the session ended with 0.
+    pub stream: OwnedFd,
+    /// Keeps the disk as it is.
+    pub session: Session,
+}
+
+/// Most bytes that an image of a disk of this size may have: all of the disk, and what the format itself takes.
+pub fn most_of_image(size: ByteSize) -> u64 {
+    size.bytes().saturating_add(size.bytes() / 64).saturating_add(4 << 20)
 }
 
 /// Uploads into volumes that one project may have on their way at a time.
@@ -193,6 +210,34 @@ impl Engine {
         Ok(OpenVolume { file, session })
     }
 
+    /// Has a custom volume that is a disk packed into an image in the format qcow2, which takes the right to change it.
+    ///
+    /// # Errors
+    /// Not found, unsupported (no disk), conflict when a guest runs with it that is not paused, forbidden.
+    pub async fn volume_image(
+        &self,
+        context: &Context,
+        project: &str,
+        pool: &str,
+        name: &str,
+    ) -> Result<ImageOfVolume> {
+        let project = self.volume_home(context, project)?;
+        let inner = self.inner();
+        let volume = {
+            let records = inner.inventory.read();
+            let row = records.demand_volume(project.id, pool, name)?;
+            demand_room(row, 0, 0)?;
+            VolumeRef { pool: row.pool, volume: row.id }
+        };
+        let agent = inner.agents.get(inner.node)?;
+        let request = VolumeExport { volume, snapshot: None, format: StreamFormat::Qcow2 };
+        let answer = agent.volume_export(&CallContext::read(LONG), request).await?;
+        let session = self.session(agent, answer.value);
+        let stream = answer.fds.into_iter().next();
+        let stream = stream.ok_or_else(|| Error::internal("the host opened no stream", volume.volume))?;
+        Ok(ImageOfVolume { stream, session })
+    }
+
     /// Could `length` bytes be written from `offset` on, as things are? Asked before they are uploaded.
     ///
     /// # Errors
@@ -265,7 +310,16 @@ impl Engine {
         runner::start::<VolumeWrite>(inner, context, |tx| {
             let records = inner.inventory.read();
             let row = records.demand_volume(project.id, pool, name)?;
-            demand_room(row, request.offset, request.length)?;
+            match request.image {
+                false => demand_room(row, request.offset, request.length)?,
+                true if request.offset > 0 => {
+                    return Err(Error::invalid(
+                        "offset",
+                        "an image is of a whole volume; leave the offset out",
+                    ));
+                }
+                true => demand_room(row, 0, 0)?,
+            }
             crate::checkpoints::demand_none(&records, row.id, "which would not know what was written")?;
             crate::layers::demand_one(&records, row.id, "and what is written goes into one file")?;
             demand_still(&records, tx, row)?;
@@ -274,6 +328,7 @@ impl Engine {
                 volume: VolumeRef { pool: row.pool, volume: row.id },
                 upload: request.upload,
                 offset: request.offset,
+                image: request.image,
                 node: inner.node,
                 path: path.clone(),
             };
@@ -342,6 +397,8 @@ pub struct WritePlan {
     volume: VolumeRef,
     upload: BackupId,
     offset: u64,
+    #[serde(default)]
+    image: bool,
     node: NodeId,
     path: String,
 }
@@ -370,7 +427,12 @@ impl Saga for VolumeWrite {
         let agent = cx.agent(plan.node)?;
         match step {
             0 => {
-                let call = WriteCall { volume: plan.volume, staged: plan.upload, offset: plan.offset };
+                let call = WriteCall {
+                    volume: plan.volume,
+                    staged: plan.upload,
+                    offset: plan.offset,
+                    image: plan.image,
+                };
                 agent.volume_write(&cx.mutate(LONG), call).await
             }
             _ => agent.backup_delete(&cx.mutate(CALL), plan.upload).await,

@@ -335,3 +335,46 @@ async fn what_lies_aside_is_within_the_limit_of_disks() {
     let refused = client.call(UPLOAD, &asked(&volume, 0, 1, 0)).await.unwrap_err();
     assert!(refused.1.contains("limits.disk"), "{refused:?}");
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_volume_of_the_format_qcow2_takes_and_gives_images() {
+    let (_server, mut client, raw) = ready().await;
+    let name = argument(|w| {
+        w.string("default");
+    });
+    let pool = client.call(84, &name).await.unwrap();
+    let xml = "<volume><name>q1</name><capacity unit='MiB'>1</capacity><target><format type='qcow2'/></target></volume>";
+    let document = argument(|w| {
+        w.string(xml).u32(0);
+    });
+    let volume = client.call(93, &[pool, document].concat()).await.unwrap();
+    for (volume, format) in [(&volume, "qcow2"), (&raw, "raw")] {
+        let describe = crate::host::number("STORAGE_VOL_GET_XML_DESC");
+        let shown = client.call(describe, &[&volume[..], &[0; 4]].concat()).await.unwrap();
+        let shown = crate::host::string(&shown);
+        assert!(shown.contains(&format!("<format type='{format}'/>")), "{shown}");
+        assert!(shown.contains("<capacity unit='bytes'>1048576</capacity>"), "{shown}");
+    }
+    // As the simulated host has images: a magic number, then the disk.
+    client.call(UPLOAD, &asked(&volume, 0, 0, 0)).await.unwrap();
+    data(&mut client, b"QFI\xfbdisk").await;
+    finish(&mut client).await.unwrap();
+    assert_eq!(down(&mut client, &volume, 0, 0, false).await.0, b"QFI\xfbdisk");
+    assert_eq!(down(&mut client, &volume, 4, 2, true).await.0, b"di");
+    // Nothing is found out about what comes.
+    client.call(UPLOAD, &asked(&volume, 0, 0, 0)).await.unwrap();
+    data(&mut client, b"bytes of a disk").await;
+    assert!(finish(&mut client).await.unwrap_err().contains("not in qcow2 format"));
+    client.call(UPLOAD, &asked(&raw, 0, 0, 0)).await.unwrap();
+    data(&mut client, b"QFI\xfbdisk").await;
+    finish(&mut client).await.unwrap();
+    assert_eq!(down(&mut client, &raw, 0, 8, false).await.0, b"QFI\xfbdisk");
+    let part = client.call(UPLOAD, &asked(&volume, 512, 0, 0)).await.unwrap_err();
+    assert!(part.0 == Code::OperationUnsupported as i32 && part.1.contains("as a whole"), "{part:?}");
+    let much = client.call(UPLOAD, &asked(&volume, 0, 1 << 30, 0)).await.unwrap_err();
+    assert_eq!(much.0, Code::InvalidArg as i32, "{much:?}");
+    assert_eq!(down(&mut client, &volume, 0, 0, false).await.0, b"QFI\xfbdisk");
+    client.call(DOWNLOAD, &asked(&volume, 100, 0, 0)).await.unwrap();
+    let frame = client.receive().await;
+    assert_eq!((frame.header.kind, frame.header.status), (Kind::Stream, Status::Error));
+}

@@ -242,6 +242,9 @@ pub fn attempts(karstd: &Karstd) -> Vec<(&'static str, String, Value, Comes)> {
     add("volume_write", "behind the end", put(13, 41, 1 << 40), Refused);
     add("volume_write", "behind all numbers", put(13, 41, u64::MAX), Refused);
     add("volume_write", "of nothing", put(13, 99, 0), Refused);
+    let mut image = put(13, 41, 0);
+    image["image"] = json!(true);
+    add("volume_write", "of an image that is empty", image, Refused);
     add("backup_delete", "which was staged", json!(id(41)), Nothing("it was ours"));
     add("backup_delete", "none", nobody.clone(), GONE);
 

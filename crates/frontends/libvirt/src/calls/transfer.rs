@@ -3,7 +3,7 @@
 use super::{
     Answered,
     power::ended,
-    storage::{VolumeName, volume},
+    storage::{Found, VolumeName, volume},
     volumes::{failed, own},
 };
 use crate::{
@@ -11,15 +11,21 @@ use crate::{
     frame::{Frame, Header, Kind, Status},
     session::{Answer, Call, Input, Session, StreamInput},
     xdr::Writer,
+    xml::storage::is_image,
 };
 use bytes::Bytes;
-use karst_engine::volumes::content::{OpenVolume, WriteVolume};
+use karst_engine::{
+    compute::guest::Session as Held,
+    stream::FdStream,
+    volumes::content::{ImageOfVolume, OpenVolume, WriteVolume, most_of_image},
+};
 use karst_model::{BackupId, Error};
 use rustix::{
     fs::{SeekFrom, fstatvfs, seek},
     io::Errno,
 };
 use std::{fs::File, io, os::unix::fs::FileExt, sync::Arc};
+use tokio::io::AsyncReadExt;
 
 /// `VIR_STORAGE_VOL_{UPLOAD,DOWNLOAD}_SPARSE_STREAM`
 const SPARSE: u32 = 1;
@@ -75,6 +81,9 @@ pub async fn download(call: Call) -> Answered {
     let (named, offset, length, flags) = arguments(&call)?;
     let found = volume(&call, &named)?;
     own(&found)?;
+    if is_image(&found.volume) {
+        return download_image(&call, &found, (offset, length)).await;
+    }
     let session = &call.session;
     let (engine, context, project) = (&session.front.engine, &session.context, &call.opened()?.project);
     let OpenVolume { file, session: held } =
@@ -106,6 +115,78 @@ pub async fn download(call: Call) -> Answered {
         sent(&session, header, &mut input, outcome).await;
     };
     Ok(Answer { payload: vec![], fds: vec![], then: Some(Box::pin(then)) })
+}
+
+/// The same as an image, which is made for it: what is before the offset is passed over.
+async fn download_image(call: &Call, found: &Found, range: (u64, u64)) -> Answered {
+    let session = &call.session;
+    let (engine, context, project) = (&session.front.engine, &session.context, &call.opened()?.project);
+    let ImageOfVolume { stream, session: held } =
+        engine.volume_image(context, project, &found.pool, &found.name).await?;
+    let stream = FdStream::new(stream).map_err(Error::from)?;
+    let mut input = session.stream(call.header)?;
+    let (session, header) = (session.clone(), call.header);
+    let then = async move {
+        let outcome = tokio::select! {
+            outcome = pour_image(&session, header, stream, range, &held) => outcome,
+            // Nothing but an end can come; it is answered below.
+            given_up = input.recv() => {
+                if given_up.is_some() {
+                    session.send(Frame::new(header.stream(Status::Ok), Bytes::new())).await;
+                }
+                session.stream_ended(header);
+                return;
+            }
+            () = session.ended() => Ok(()),
+        };
+        drop(held);
+        sent(&session, header, &mut input, outcome).await;
+    };
+    Ok(Answer { payload: vec![], fds: vec![], then: Some(Box::pin(then)) })
+}
+
+async fn pour_image(
+    session: &Session,
+    header: Header,
+    mut stream: FdStream,
+    (offset, length): (u64, u64),
+    held: &Held,
+) -> Result<(), VirError> {
+    let mut before = offset;
+    let mut left = if length == 0 { u64::MAX } else { length };
+    let mut buffer = vec![0; FRAME];
+    let ended = loop {
+        let n = stream.read(&mut buffer).await.map_err(Error::from)?;
+        if n == 0 {
+            break true;
+        }
+        let skipped = before.min(n as u64);
+        before -= skipped;
+        let part = &buffer[skipped as usize..n];
+        let part = &part[..part.len().min(usize::try_from(left).unwrap_or(usize::MAX))];
+        left -= part.len() as u64;
+        if !part.is_empty() {
+            let part = Bytes::copy_from_slice(part);
+            session.send(Frame::new(header.stream(Status::Continue), part)).await;
+        }
+        if left == 0 {
+            break false;
+        }
+    };
+    if ended {
+        // So it is whole, or not.
+        match held.wait().await? {
+            0 if before == 0 => {}
+            0 => {
+                let text = format!("the offset {offset} is beyond the end of the image");
+                return Err(failed(Code::InvalidArg, text));
+            }
+            _ => return Err(failed(Code::OperationFailed, "the image could not be made")),
+        }
+    }
+    // An empty one is the end.
+    session.send(Frame::new(header.stream(Status::Continue), Bytes::new())).await;
+    Ok(())
 }
 
 /// What comes next of a disk.
@@ -172,9 +253,22 @@ pub async fn upload(call: Call) -> Answered {
     let session = call.session.clone();
     let project = call.opened()?.project.clone();
     let (engine, context) = (&session.front.engine, &session.context);
-    engine.volume_writable(context, &project, &found.pool, &found.name, (offset, length))?;
+    let image = is_image(&found.volume);
+    if image && offset > 0 {
+        let text = format!("volume '{}' takes an image in the format qcow2 as a whole", found.name);
+        return Err(failed(Code::OperationUnsupported, text));
+    }
+    let part = if image { (0, 0) } else { (offset, length) };
+    engine.volume_writable(context, &project, &found.pool, &found.name, part)?;
+    let size = found.volume.size.unwrap_or_default();
+    let most = if image { most_of_image(size) } else { size.bytes().saturating_sub(offset) };
     let room = match length {
         0 => found.volume.stored_size().unwrap_or_default().bytes().saturating_sub(offset),
+        0 => most,
+        length if image && length > most => {
+            let text = format!("an image of a disk of {} bytes has no more than {most}", size.bytes());
+            return Err(failed(Code::InvalidArg, text));
+        }
         length => length,
     };
     let held = engine.volume_upload(context, &project, room)?;
@@ -196,7 +290,7 @@ pub async fn upload(call: Call) -> Answered {
         drop(file);
         let outcome = match came {
             Ok(Some(length)) if length > 0 => {
-                let request = WriteVolume { upload, length, offset };
+                let request = WriteVolume { upload, length, offset, image };
                 match engine.volume_write(context, &project, &found.pool, &found.name, request).await {
                     Ok(operation) => ended(operation).await,
                     Err(e) => abandoned(&session, upload, Err(e.into())).await,

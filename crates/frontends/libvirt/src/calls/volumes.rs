@@ -8,7 +8,7 @@ use super::{
 use crate::{
     error::{Code, Part, VirError},
     session::Call,
-    xml::{self, storage::NewVolume},
+    xml::{self, storage::{NewVolume, FORMAT, QCOW2}},
 };
 use karst_engine::volumes::{copy::CopyVolume, create::CreateVolume, update::UpdateVolume};
 use karst_model::{
@@ -37,6 +37,13 @@ fn made(call: &Call, pool: &Pool, name: &str) -> Answered {
     found
         .ok_or_else(|| failed(Code::NoStorageVol, format!("no storage vol with matching name '{name}'")))?
         .answer()
+}
+
+/// What a new volume is told: its size, and the format of its bytes.
+fn config(size: Option<u64>, image: bool) -> Config {
+    let size = size.map(|s| ("size".to_owned(), s.to_string()));
+    let format = image.then(|| (FORMAT.to_owned(), QCOW2.to_owned()));
+    size.into_iter().chain(format).collect()
 }
 
 fn demand_free(call: &Call, pool: &Pool, name: &str) -> Result<(), VirError> {
@@ -71,6 +78,7 @@ pub async fn create(call: Call) -> Answered {
         content: new.content,
         description: String::new(),
         config: config_of(&new, Some(size)),
+        config: config(Some(size), new.image),
     };
     let session = &call.session;
     let project = &session.opened()?.project;
@@ -105,6 +113,7 @@ pub async fn create_from(call: Call) -> Answered {
             content: from.volume.content,
             description: String::new(),
             config: config_of(&new, size),
+            config: config(size, new.image),
         },
     };
     let session = &call.session;

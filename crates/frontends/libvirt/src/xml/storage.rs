@@ -44,9 +44,20 @@ pub fn pool(pool: &Pool, usage: Usage) -> String {
         .document()
 }
 
+/// Of a volume: the format in which its bytes come and go, where that is not raw. What it is on its host is the pool's affair.
+pub const FORMAT: &str = "user.libvirt.format";
+/// The only one that is told.
+pub const QCOW2: &str = "qcow2";
+
+/// Do the bytes of a volume come and go as an image in the format qcow2?
+pub fn is_image(volume: &Volume) -> bool {
+    volume.content == VolumeContent::Block && volume.config.get(FORMAT).is_some_and(|f| f == QCOW2)
+}
+
 /// The document of a volume.
 pub fn volume(volume: &Volume, name: &str, path: &str, capacity: u64, allocation: u64) -> String {
     let (kind, format) = match volume.content {
+        VolumeContent::Block if is_image(volume) => ("file", "qcow2"),
         VolumeContent::Block => ("file", "raw"),
         VolumeContent::Iso => ("file", "iso"),
         VolumeContent::Filesystem => ("dir", "dir"),
@@ -111,7 +122,7 @@ pub fn sources(kind: PoolKind, found: &[FoundSource]) -> String {
 /// What kinds of pools there are on a host that can have those of the kinds `there`, and the formats of volumes in them.
 pub fn capabilities(there: &[PoolKind]) -> String {
     let volumes = || {
-        let formats = ["raw", "iso", "dir"].iter().map(|f| Element::text("value", f));
+        let formats = ["raw", "qcow2", "iso", "dir"].iter().map(|f| Element::text("value", f));
         Element::new("volOptions")
             .child(Element::new("defaultFormat").with("type", "raw"))
             .child(Element::new("enum").with("name", "targetFormatType").children(formats))
@@ -141,6 +152,8 @@ pub struct NewVolume {
     pub content: VolumeContent,
     /// How it is encrypted.
     pub encryption: Option<(SecretName, Encryption)>,
+    /// Its bytes come and go as an image in the format qcow2.
+    pub image: bool,
 }
 
 fn refuse(what: &str, why: impl std::fmt::Display) -> VirError {
@@ -156,8 +169,8 @@ fn name_of(root: &Element) -> Result<String, VirError> {
     name.map(str::to_owned).ok_or_else(|| wrong("missing name element"))
 }
 
-/// Reads the document of a volume. Its place, its format and what that format has (`features`, `clusterSize`, `compat`) are the
-/// pool's affair: what is asked for is a disk, a disc or a tree (`dir`). A disc is one by its format `iso`, or by its name:
+/// Reads the document of a volume. Its place and what its format has (`features`, `clusterSize`, `compat`) are the pool's affair: what is
+/// asked for is a disk, a disc or a tree (`dir`). Of a disk the format says how its bytes come and go. A disc is one by its format `iso`, or by its name:
 /// libvirt looks at what was written, and its tools make a plain file and fill it.
 ///
 /// # Errors
@@ -196,6 +209,8 @@ pub fn read_volume(text: &str) -> Result<NewVolume, VirError> {
         return Err(refuse("encryption", "disks are encrypted; discs and directories are not"));
     }
     Ok(NewVolume { name, capacity, content, encryption })
+    let image = content == VolumeContent::Block && format == Some(QCOW2);
+    Ok(NewVolume { name, capacity, content, image })
 }
 
 fn is_disc(name: &str) -> bool {
@@ -314,6 +329,8 @@ mod tests {
             content: VolumeContent::Block,
             encryption: None,
         };
+        let content = VolumeContent::Block;
+        let volume = NewVolume { name: "v".into(), capacity: Some(2 << 30), content, image: true };
         assert_eq!(read(whole), Ok(volume.clone()));
         // What virt-install asks of a disk.
         let odd = read("<name>k</name><capacity>8247233</capacity>").unwrap();
