@@ -162,6 +162,8 @@ pub struct EngineInner {
     pub(crate) metrics: compute::metrics::Cache,
     pub(crate) uploads: uploads::Open,
     pub(crate) volume_uploads: volumes::content::Open,
+    /// Volumes that are being read.
+    pub(crate) volume_reads: volumes::content::Reads,
     pub(crate) image_servers: RwLock<Option<Arc<dyn images::remote::ImageServers>>>,
     pub(crate) scram: tenancy::scram::Unknown,
     pub(crate) network_listener: RwLock<Option<Arc<dyn tenancy::server::NetworkListener>>>,
@@ -226,6 +228,7 @@ impl Engine {
             metrics: Default::default(),
             uploads: Default::default(),
             volume_uploads: Default::default(),
+            volume_reads: Default::default(),
             image_servers: RwLock::new(None),
             scram: Default::default(),
             network_listener: RwLock::new(None),

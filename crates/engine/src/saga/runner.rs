@@ -494,7 +494,8 @@ async fn step(
     let mut wait = Duration::from_millis(100);
     for attempt in 0.. {
         match try_step(engine, saga, record, live, next, retries > 0).await {
-            Err(Failure::Error(e)) if attempt < retries => {
+            // What is wrong with what is asked for is wrong the next time too.
+            Err(Failure::Error(e)) if attempt < retries && !e.is(ErrorKind::Invalid) => {
                 tracing::warn!(saga = %record.id, step = saga.steps()[next], error = %e, attempt, "a step failed; trying again");
                 engine.env.sleep(wait).await;
                 wait *= 2;

@@ -64,7 +64,7 @@ fn user<'a>(
     users.min_by(|a, b| a.name.cmp(&b.name))
 }
 
-/// What is at work in the pool, in words.
+/// A volume of the pool at which something is at work.
 fn at_work<'a>(records: &'a Records, pool: &Pool) -> Option<&'a Row<Volume>> {
     let mut all = records.volumes.values().filter(|v| v.pool == pool.id);
     all.find(|v| {
@@ -236,7 +236,11 @@ impl Engine {
                 PoolChange::Clear => "Clearing storage pool",
             };
             match change {
-                PoolChange::Stop => demand_idle(&records, row)?,
+                PoolChange::Stop => {
+                    let mut volumes = records.volumes.values().filter(|v| v.pool == row.id);
+                    volumes.try_for_each(|volume| inner.demand_unread(volume))?;
+                    demand_idle(&records, row)?;
+                }
                 PoolChange::Clear => {
                     tx.expect_untouched(&records, &pool_lock(row.id));
                     let mut volumes = records.volumes.values();

@@ -38,6 +38,55 @@ pub struct OpenVolume {
     pub file: OwnedFd,
     /// Keeps it as it is.
     pub session: Session,
+    /// Says so.
+    pub reading: VolumeReading,
+}
+
+/// How often volumes are being read.
+pub(crate) type Reads = Arc<Mutex<BTreeMap<VolumeId, u32>>>;
+
+/// Says that a volume is being read: what would change it meanwhile is refused rather than kept waiting.
+#[derive(Debug)]
+pub struct VolumeReading {
+    volume: VolumeId,
+    all: Reads,
+}
+
+impl Drop for VolumeReading {
+    fn drop(&mut self) {
+        let mut all = self.all.lock().unwrap_or_else(|e| e.into_inner());
+        let last = all.get_mut(&self.volume).is_none_or(|n| {
+            *n = n.saturating_sub(1);
+            *n == 0
+        });
+        if last {
+            all.remove(&self.volume);
+        }
+    }
+}
+
+impl EngineInner {
+    fn begin_reading(&self, volume: VolumeId) -> VolumeReading {
+        let all = self.volume_reads.clone();
+        *all.lock().unwrap_or_else(|e| e.into_inner()).entry(volume).or_default() += 1;
+        VolumeReading { volume, all }
+    }
+
+    /// Is the volume being read?
+    pub(crate) fn is_read(&self, volume: VolumeId) -> bool {
+        self.volume_reads.lock().unwrap_or_else(|e| e.into_inner()).contains_key(&volume)
+    }
+
+    /// Refuses what changes a volume that is being read.
+    pub(crate) fn demand_unread(&self, volume: &Volume) -> Result<()> {
+        match self.is_read(volume.id) {
+            false => Ok(()),
+            true => {
+                let text = format!("volume {:?} is being read; try again when that has ended", volume.name);
+                Err(Error::conflict(text))
+            }
+        }
+    }
 }
 
 /// What is to be written into a volume.
@@ -59,6 +108,8 @@ pub struct ImageOfVolume {
     pub stream: OwnedFd,
     /// Keeps the disk as it is.
     pub session: Session,
+    /// Says so.
+    pub reading: VolumeReading,
 }
 
 /// Most bytes that an image of a disk of this size may have: all of the disk, and what the format itself takes.
@@ -165,6 +216,7 @@ impl Engine {
                     )));
                 }
             }
+            inner.demand_unread(row)?;
             demand_still(&records, tx, row)?;
             let path = path(&records, row);
             let plan = WipePlan {
@@ -200,14 +252,16 @@ impl Engine {
             let records = inner.inventory.read();
             let row = records.demand_volume(project.id, pool, name)?;
             demand_room(row, 0, 0)?;
+            runner::demand_unlocked(&records, &[lock(row.id)])?;
             VolumeRef { pool: row.pool, volume: row.id }
         };
+        let reading = inner.begin_reading(at.volume);
         let agent = inner.agents.get(inner.node)?;
         let answer = agent.volume_open(&CallContext::read(LONG), at).await?;
         let session = self.session(agent, answer.value);
         let file = answer.fds.into_iter().next();
         let file = file.ok_or_else(|| Error::internal("the host opened no disk", at.volume))?;
-        Ok(OpenVolume { file, session })
+        Ok(OpenVolume { file, session, reading })
     }
 
     /// Has a custom volume that is a disk packed into an image in the format qcow2, which takes the right to change it.
@@ -227,15 +281,17 @@ impl Engine {
             let records = inner.inventory.read();
             let row = records.demand_volume(project.id, pool, name)?;
             demand_room(row, 0, 0)?;
+            runner::demand_unlocked(&records, &[lock(row.id)])?;
             VolumeRef { pool: row.pool, volume: row.id }
         };
+        let reading = inner.begin_reading(volume.volume);
         let agent = inner.agents.get(inner.node)?;
         let request = VolumeExport { volume, snapshot: None, format: StreamFormat::Qcow2 };
         let answer = agent.volume_export(&CallContext::read(LONG), request).await?;
         let session = self.session(agent, answer.value);
         let stream = answer.fds.into_iter().next();
         let stream = stream.ok_or_else(|| Error::internal("the host opened no stream", volume.volume))?;
-        Ok(ImageOfVolume { stream, session })
+        Ok(ImageOfVolume { stream, session, reading })
     }
 
     /// Could `length` bytes be written from `offset` on, as things are? Asked before they are uploaded.
@@ -254,6 +310,7 @@ impl Engine {
         let records = self.inner().inventory.read();
         let row = records.demand_volume(project.id, pool, name)?;
         demand_room(row, offset, length)?;
+        self.inner().demand_unread(row)?;
         demand_still(&records, &mut Tx::default(), row)
     }
 
@@ -322,6 +379,7 @@ impl Engine {
             }
             crate::checkpoints::demand_none(&records, row.id, "which would not know what was written")?;
             crate::layers::demand_one(&records, row.id, "and what is written goes into one file")?;
+            inner.demand_unread(row)?;
             demand_still(&records, tx, row)?;
             let path = path(&records, row);
             let plan = WritePlan {

@@ -33,6 +33,7 @@ impl Engine {
         runner::start::<VolumeDelete>(inner, context, |tx| {
             let records = inner.inventory.read();
             let row = records.demand_volume(project.id, pool, name)?;
+            inner.demand_unread(row)?;
             let used = users(&records, row).paths(&records);
             if !used.is_empty() {
                 let seen = users(&records, row).visible_to(context).paths(&records);

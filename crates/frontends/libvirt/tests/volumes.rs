@@ -378,3 +378,40 @@ async fn a_volume_of_the_format_qcow2_takes_and_gives_images() {
     let frame = client.receive().await;
     assert_eq!((frame.header.kind, frame.header.status), (Kind::Stream, Status::Error));
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_being_read_does_not_change() {
+    let (server, mut client, _) = ready().await;
+    let name = argument(|w| {
+        w.string("default");
+    });
+    let pool = client.call(84, &name).await.unwrap();
+    // More than lies between the host and a client that does not read.
+    let xml = "<volume><name>d2</name><capacity unit='MiB'>64</capacity></volume>";
+    let document = argument(|w| {
+        w.string(xml).u32(0);
+    });
+    let volume = client.call(93, &[&pool[..], &document].concat()).await.unwrap();
+    let mut reader = server.open("full", "qemu:///system").await;
+    reader.call(DOWNLOAD, &asked(&volume, 0, 0, 0)).await.unwrap();
+    let plain = [&volume[..], &[0; 4]].concat();
+    let destroy = crate::host::number("STORAGE_POOL_DESTROY");
+    for (procedure, payload) in [
+        (crate::host::number("STORAGE_VOL_DELETE"), &plain),
+        (crate::host::number("STORAGE_VOL_WIPE"), &plain),
+        (UPLOAD, &asked(&volume, 0, 0, 0)),
+        (destroy, &pool),
+    ] {
+        let refused = client.call(procedure, payload).await.unwrap_err();
+        assert_eq!(refused.0, Code::OperationInvalid as i32, "{procedure}: {refused:?}");
+        assert!(refused.1.contains("\"d2\" is being read"), "{procedure}: {refused:?}");
+    }
+    assert_eq!(down(&mut client, &volume, 0, 4, false).await.0, [0; 4], "others may read it, too");
+    // Its end is the end of that.
+    put(&mut reader, DOWNLOAD, Kind::Stream, Status::Error, vec![]).await;
+    let end = std::time::Instant::now() + crate::support::PATIENCE;
+    while client.call(165, &plain).await.is_err() {
+        assert!(std::time::Instant::now() < end, "the volume can be wiped again");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}

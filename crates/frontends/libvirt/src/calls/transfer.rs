@@ -86,7 +86,7 @@ pub async fn download(call: Call) -> Answered {
     }
     let session = &call.session;
     let (engine, context, project) = (&session.front.engine, &session.context, &call.opened()?.project);
-    let OpenVolume { file, session: held } =
+    let OpenVolume { file, session: held, reading } =
         engine.volume_open(context, project, &found.pool, &found.name).await?;
     let file = Arc::new(File::from(file));
     // Of a block device too.
@@ -103,6 +103,7 @@ pub async fn download(call: Call) -> Answered {
             outcome = pour(&session, header, file, (offset, end), flags & SPARSE != 0) => outcome,
             // Nothing but an end can come; it is answered below.
             given_up = input.recv() => {
+                drop((held, reading));
                 if given_up.is_some() {
                     session.send(Frame::new(header.stream(Status::Ok), Bytes::new())).await;
                 }
@@ -111,7 +112,7 @@ pub async fn download(call: Call) -> Answered {
             }
             () = session.ended() => Ok(()),
         };
-        drop(held);
+        drop((held, reading));
         sent(&session, header, &mut input, outcome).await;
     };
     Ok(Answer { payload: vec![], fds: vec![], then: Some(Box::pin(then)) })
@@ -121,7 +122,7 @@ pub async fn download(call: Call) -> Answered {
 async fn download_image(call: &Call, found: &Found, range: (u64, u64)) -> Answered {
     let session = &call.session;
     let (engine, context, project) = (&session.front.engine, &session.context, &call.opened()?.project);
-    let ImageOfVolume { stream, session: held } =
+    let ImageOfVolume { stream, session: held, reading } =
         engine.volume_image(context, project, &found.pool, &found.name).await?;
     let stream = FdStream::new(stream).map_err(Error::from)?;
     let mut input = session.stream(call.header)?;
@@ -131,6 +132,7 @@ async fn download_image(call: &Call, found: &Found, range: (u64, u64)) -> Answer
             outcome = pour_image(&session, header, stream, range, &held) => outcome,
             // Nothing but an end can come; it is answered below.
             given_up = input.recv() => {
+                drop((held, reading));
                 if given_up.is_some() {
                     session.send(Frame::new(header.stream(Status::Ok), Bytes::new())).await;
                 }
@@ -139,7 +141,7 @@ async fn download_image(call: &Call, found: &Found, range: (u64, u64)) -> Answer
             }
             () = session.ended() => Ok(()),
         };
-        drop(held);
+        drop((held, reading));
         sent(&session, header, &mut input, outcome).await;
     };
     Ok(Answer { payload: vec![], fds: vec![], then: Some(Box::pin(then)) })
