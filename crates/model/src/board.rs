@@ -128,6 +128,9 @@ pub struct Board {
     /// `hardware.balloon.deflate`.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub balloon_deflates: bool,
+    /// `hardware.balloon.period`, seconds; 0: never.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub balloon_period: Option<u32>,
     /// `hardware.hpet`.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub hpet: bool,
@@ -411,6 +414,8 @@ const WATCHDOG: &str = "hardware.watchdog";
 const MEMORY: &str = "hardware.memory";
 const PANIC: &str = "hardware.panic";
 const DEFLATE: &str = "hardware.balloon.deflate";
+/// How often a balloon tells.
+pub const PERIOD: &str = "hardware.balloon.period";
 const HPET: &str = "hardware.hpet";
 const CLOCK_START: &str = "hardware.clock.start";
 const CLOCK_ZONE: &str = "hardware.clock.zone";
@@ -605,7 +610,7 @@ impl Board {
             "both" => (true, true),
             other => return Err(wrong(SLEEP, format!("{other:?} is not there; memory, disk and both are"))),
         };
-        let millis = |key: &str| set(config, key).map(|text| number(key, text)).transpose();
+        let whole = |key: &str| set(config, key).map(|text| number(key, text)).transpose();
         let board = Self {
             topology: set(config, TOPOLOGY).map(topology).transpose()?,
             numa: set(config, NUMA).map(cells).transpose()?.unwrap_or_default(),
@@ -638,11 +643,12 @@ impl Board {
             watchdog: set(config, WATCHDOG).map(watchdog).transpose()?,
             panic: flag(PANIC),
             balloon_deflates: flag(DEFLATE),
+            balloon_period: whole(PERIOD)?,
             hpet: flag(HPET),
             sleeps,
             hibernates,
-            menu_timeout: millis(MENU_TIMEOUT)?,
-            boot_retry: millis(RETRY)?,
+            menu_timeout: whole(MENU_TIMEOUT)?,
+            boot_retry: whole(RETRY)?,
             generation: set(config, GENERATION)
                 .map(|text| {
                     uuid::Uuid::parse_str(text).map_err(|_| wrong(GENERATION, format!("{text:?} is no UUID")))
@@ -744,6 +750,7 @@ impl Board {
             (RETRY, self.boot_retry.map(|n| n.to_string())),
             (MENU_TIMEOUT, self.menu_timeout.map(|n| n.to_string())),
             (DEFLATE, flag(self.balloon_deflates)),
+            (PERIOD, self.balloon_period.map(|n| n.to_string())),
             (CLOCK_START, self.clock_start.map(|n| n.to_string())),
             (CLOCK_ZONE, self.clock_zone.clone()),
             (
@@ -812,6 +819,7 @@ mod tests {
             (RETRY, "5000"),
             (MENU_TIMEOUT, "3000"),
             (DEFLATE, "true"),
+            (PERIOD, "5"),
             (CLOCK_START, "253402300799"),
             (TOPOLOGY, "sockets=2,dies=1,cores=4,threads=2"),
             (

@@ -114,6 +114,7 @@ pub const INSTANCE_KEYS: &[Key] = &[
         false,
         "A guest that is short of memory takes back what the balloon has.",
     ),
+    key(crate::board::PERIOD, Integer(0, 86_400), VirtualMachine, "10", false, of_board::PERIOD),
     key(
         "hardware.boot.retry",
         Integer(0, 65535),

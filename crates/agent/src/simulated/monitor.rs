@@ -136,7 +136,9 @@ impl State {
             minor_faults: Some(700),
             ..MemoryInside::default()
         };
-        (self.memory_periods.get(&instance) != Some(&0)).then_some(told)
+        let defined = guest.spec.machine.as_ref().and_then(|m| m.board.balloon_period);
+        let period = self.memory_periods.get(&instance).copied().or(defined);
+        (period != Some(0)).then_some(told)
     }
 
     /// Measures at once.

@@ -70,9 +70,10 @@ async fn inside(machine: &Inner, qmp: &Qmp) -> Option<MemoryInside> {
     let told = qmp.execute("qom-get", stats).await.ok()?;
     let found = inside_of(&told);
     let period = machine.record().memory_period;
+    let seconds = period.unwrap_or(PERIOD);
     if found.is_none()
-        && period.is_none()
-        && let Err(e) = ask_for_memory(qmp, PERIOD).await
+        && seconds > 0
+        && let Err(e) = ask_for_memory(qmp, seconds).await
     {
         tracing::debug!(error = %e, context = e.context, "a guest is not asked for its memory");
     }

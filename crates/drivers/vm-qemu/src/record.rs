@@ -210,7 +210,7 @@ impl Record {
             from_file: false,
             held: false,
             kept_halted: false,
-            memory_period: None,
+            memory_period: guest.machine.as_ref().and_then(|m| m.board.balloon_period),
             anew: false,
             exit: None,
         }

@@ -106,7 +106,7 @@ impl Shape {
                 // Nor who looks at it, and how, and what its ports lead to.
                 screen: Default::default(),
                 lines: h.lines.iter().map(seen).collect(),
-                board: Board { clock_start: None, clock_zone: None, ..h.board.clone() },
+                board: Board { clock_start: None, clock_zone: None, balloon_period: None, ..h.board.clone() },
                 // Who serves the disks is not the guest's to see.
                 iothreads: vec![],
                 scsi_iothread: None,

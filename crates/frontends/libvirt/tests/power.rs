@@ -243,11 +243,17 @@ async fn what_is_asked_for_is_told() {
         [v1.clone(), asked].concat()
     };
     for (seconds, flags, code) in
-        [(-1, 1, Code::InvalidArg), (1, 2, Code::ConfigUnsupported), (1 << 30, 1, Code::InvalidArg)]
+        [(-1, 1, Code::InvalidArg), (1 << 30, 2, Code::InvalidArg), (1 << 30, 1, Code::InvalidArg)]
     {
         let refused = client.call(PERIOD, &period(seconds, flags)).await.unwrap_err();
         assert_eq!(refused.0, code as i32, "{refused:?}");
     }
+    // Of the next start, which leaves what runs.
+    client.call(PERIOD, &period(7, 2)).await.unwrap();
+    let defined = server.engine.instance(&admin, "default", "v1").unwrap().instance.config.clone();
+    assert_eq!(defined.get("hardware.balloon.period").map(String::as_str), Some("7"));
+    assert!(crate::define::dump(&mut client, "v1", 2).await.contains("<stats period='7'/>"));
+    assert!(!crate::define::dump(&mut client, "v1", 0).await.contains("<stats "));
     client.call(PERIOD, &period(0, 1)).await.unwrap();
     assert_eq!(told(&mut client).await.into_keys().collect::<Vec<_>>(), [6, 7]);
 

@@ -176,6 +176,19 @@ async fn each_processor_may_be_named_and_a_balloon_is_needed() {
         "vcpu 0 can't be offline",
     );
 
+    let often = [(
+        "<input type='tablet'",
+        "<memballoon model='virtio'><stats period='5'/></memballoon><input type='tablet'",
+    )];
+    define(&mut client, &domain("v1", &often)).await.unwrap();
+    let shown = dump(&mut client, "v1", CONFIG).await;
+    assert!(shown.contains("<stats period='5'/>"), "{shown}");
+    let never = [(
+        "<input type='tablet'",
+        "<memballoon model='virtio'><stats period='x'/></memballoon><input type='tablet'",
+    )];
+    is(define(&mut client, &domain("v1", &never)).await, Code::XmlError, "'period' of <stats>");
+
     // Nothing would hold what is beside.
     let without = [("<input type='tablet'", "<memballoon model='none'/><input type='tablet'")];
     define(&mut client, &domain("v1", &without)).await.unwrap();

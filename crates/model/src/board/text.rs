@@ -17,6 +17,9 @@ pub const MODULES: &str = "Modules of memory, each with its node: 512MiB@0;1GiB@
     they are limits.memory.";
 /// `hardware.memory.slots`.
 pub const SLOTS: &str = "Room for modules: how many, and all memory at most, such as 16:64GiB.";
+/// `hardware.balloon.period`.
+pub const PERIOD: &str =
+    "Seconds after which the guest tells again of its memory, by its balloon; 0: it is not asked.";
 /// `hardware.numa.distances`.
 pub const DISTANCES: &str =
     "How far nodes of memory are from each other, such as 0-1=21,0-2=31; 20 unless it is said.";

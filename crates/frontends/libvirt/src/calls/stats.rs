@@ -4,7 +4,11 @@ use super::{
     Answered, Named,
     domain::{is_running, state_of},
     figures::{Disk, disks},
-    nothing, text, write_domain,
+    nothing,
+    sides::{CONFIG, LIVE, affects},
+    text,
+    tuning::set,
+    write_domain,
 };
 use crate::{
     domain_uuid,
@@ -16,7 +20,9 @@ use crate::{
 use karst_engine::InstanceView;
 use karst_model::{
     VolumeId,
+    board::PERIOD,
     guest::{BalloonFigures, Interface, MachineFigures, MemoryInside, Metrics, NicFigures},
+    keys::optional_flag,
     storage::Usage,
 };
 use std::{collections::HashMap, net::IpAddr, sync::Arc};
@@ -351,19 +357,24 @@ fn inside_of(inside: &MemoryInside) -> Vec<(i32, &'static str, u64)> {
     all.into_iter().filter_map(|(tag, name, value)| Some((tag, name, value?))).collect()
 }
 
-/// `DOMAIN_SET_MEMORY_STATS_PERIOD`: of what runs; a record says nothing of it.
+/// `DOMAIN_SET_MEMORY_STATS_PERIOD`
 pub async fn memory_period(call: Call) -> Answered {
     let (named, period, flags) = call.arguments(|r| Ok((Named::read_domain(r)?, r.i32()?, r.u32()?)))?;
-    call.known_flags(flags, 1 | 2)?;
+    call.known_flags(flags, LIVE | CONFIG)?;
     let view = call.guest(&named)?;
-    if flags & 2 != 0 {
-        let text = "the period of a domain's memory statistics lasts to its end; give --live alone";
-        return Err(VirError::new(Code::ConfigUnsupported, call.opened()?.driver.part(), text));
-    }
-    if !is_running(&view) {
-        return Err(VirError::state("domain is not running"));
-    }
+    let affected = affects(&view, flags)?;
     let period = u32::try_from(period).map_err(|_| VirError::argument("period must not be negative"))?;
+    if affected.definition {
+        let balloon = optional_flag(&view.expanded_config, "hardware.balloon") != Some(false);
+        if call.opened()?.driver == Driver::Lxc || !balloon {
+            let text = "Memory balloon model must be virtio to set the collection period";
+            return Err(VirError::state(text));
+        }
+        set(&call, &view, CONFIG, PERIOD, Some(period.to_string())).await?;
+    }
+    if !affected.run {
+        return Ok(nothing());
+    }
     let session = &call.session;
     let (engine, context) = (&session.front.engine, &session.context);
     engine.machine_memory_period(context, &view.project.name, &view.instance.name, period).await?;

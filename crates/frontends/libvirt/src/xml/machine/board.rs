@@ -399,7 +399,11 @@ pub fn devices(all: &[Element]) -> Result<Board, VirError> {
             }
             "rng" => board.rngs.push(parts::rng(e)?),
             "memory" => board.modules.push(nodes::module(e)?),
-            "memballoon" => board.balloon_deflates = e.attribute("autodeflate") == Some("on"),
+            "memballoon" => {
+                board.balloon_deflates = e.attribute("autodeflate") == Some("on");
+                board.balloon_period =
+                    e.find("stats").map(|stats| number(stats, "period")).transpose()?.flatten();
+            }
             _ => {}
         }
     }

@@ -538,11 +538,16 @@ fn devices(shown: &Shown<'_>, opaque: &Opaque, on_board: &Board) -> Result<Eleme
     let mut stale = board::stale(&opaque.devices, on_board);
     let balloon = optional_flag(shown.config, "hardware.balloon").unwrap_or(true);
     let same_balloon = read::has_balloon(&opaque.devices) == balloon
-        && board::devices(&opaque.devices).is_ok_and(|b| b.balloon_deflates == on_board.balloon_deflates);
+        && board::devices(&opaque.devices).is_ok_and(|b| {
+            (b.balloon_deflates, b.balloon_period) == (on_board.balloon_deflates, on_board.balloon_period)
+        });
     if !same_balloon {
         stale.push("memballoon");
         let model = Element::new("memballoon").with("model", if balloon { "virtio" } else { "none" });
-        devices.push(model.with_some("autodeflate", on_board.balloon_deflates.then_some("on")));
+        let mut model = model.with_some("autodeflate", on_board.balloon_deflates.then_some("on"));
+        let period = on_board.balloon_period.filter(|_| balloon);
+        model.push_some(period.map(|seconds| Element::new("stats").with("period", seconds)));
+        devices.push(model);
     }
     devices.elements_mut().extend(board::shown(on_board, &stale));
     if screen && on_board.video.is_empty() && (!given("video") || stale.contains(&"video")) {
