@@ -259,9 +259,32 @@ async fn saved_memory_is_described_and_dropped() {
     client.call(number("DOMAIN_MANAGED_SAVE"), &with_flags).await.unwrap();
     assert_eq!(client.call(has, &with_flags).await.unwrap(), [0, 0, 0, 1]);
     assert!(string(&client.call(xml, &with_flags).await.unwrap()).contains("<name>v1</name>"));
-    let define = [&v1[..], &arguments(|w| w.optional(Some("<domain/>")).u32(0))].concat();
-    let refused = client.call(number("DOMAIN_MANAGED_SAVE_DEFINE_XML"), &define).await.unwrap_err();
-    assert_eq!(refused.0, Code::ConfigUnsupported as i32);
+    // What the guest does not see of it may be another, and whether it goes on or stands still then.
+    let shown = string(&client.call(xml, &with_flags).await.unwrap());
+    let define = async |client: &mut Client, document: Option<&str>, flags: u32| {
+        let arguments = arguments(|w| w.optional(document).u32(flags));
+        client.call(number("DOMAIN_MANAGED_SAVE_DEFINE_XML"), &[&v1[..], &arguments].concat()).await
+    };
+    assert_eq!(define(&mut client, Some("<domain/>"), 0).await.unwrap_err().0, Code::XmlError as i32);
+    let larger = shown.replace("</memory>", "0</memory>");
+    let refused = define(&mut client, Some(&larger), 0).await.unwrap_err();
+    assert!(refused.0 == Code::ConfigUnsupported as i32 && refused.1.contains("memory: "), "{refused:?}");
+    assert_eq!(define(&mut client, None, 2 | 4).await.unwrap_err().0, Code::InvalidArg as i32);
+    let restarts = shown.replace("<on_crash>destroy<", "<on_crash>restart<");
+    assert_ne!(restarts, shown);
+    define(&mut client, Some(&restarts), 4).await.unwrap();
+    assert!(string(&client.call(xml, &with_flags).await.unwrap()).contains("<on_crash>restart<"));
+    client.call(9, &v1).await.unwrap();
+    assert_eq!(client.state(&v1).await.0, 3, "it stands still");
+    // As it was, and as it is asked for.
+    let saved = |flags: u32| [&v1[..], &flags.to_be_bytes()].concat();
+    for (flags, state) in [(0, 3), (2, 1), (4, 3)] {
+        client.call(number("DOMAIN_MANAGED_SAVE"), &saved(flags)).await.unwrap();
+        client.call(9, &v1).await.unwrap();
+        assert_eq!(client.state(&v1).await.0, state, "{flags}");
+    }
+    client.call(number("DOMAIN_RESUME"), &v1).await.unwrap();
+    client.call(number("DOMAIN_MANAGED_SAVE"), &with_flags).await.unwrap();
     client.call(remove, &with_flags).await.unwrap();
     assert_eq!(client.call(has, &with_flags).await.unwrap(), [0, 0, 0, 0]);
     assert!(!server.engine.instance(&admin, "default", "v1").unwrap().instance.stateful);

@@ -190,6 +190,17 @@ async fn change(call: &Call, view: &InstanceView, machine: Machine) -> Result<()
     graphics::set(call, project, name, machine.screen).await
 }
 
+/// Changes the definition of a domain whose memory is kept, which goes on by it: all but what its guest sees, and its disks.
+///
+/// # Errors
+/// Those of a definition; CONFIG_UNSUPPORTED for what stays, by its name.
+pub(super) async fn redefine_saved(call: &Call, view: &InstanceView, text: &str) -> Result<(), VirError> {
+    let machine = read(call, text)?;
+    let now = xml::machine::read::machine(&xml::domain::document(call, view, true)?)?;
+    super::memory::demand_unchanged(&now, &machine)?;
+    change(call, view, machine).await
+}
+
 async fn defined(call: &Call, text: &str) -> Answered {
     let machine = read(call, text)?;
     let name = machine.name.clone();

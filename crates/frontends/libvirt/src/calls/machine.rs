@@ -2,8 +2,11 @@
 
 use super::{
     Answered, Named,
-    domain::is_running,
-    int, nothing,
+    define::redefine_saved,
+    domain::{is_running, set_keys},
+    int,
+    memory::wanted_state,
+    nothing,
     power::{ended, save},
     text,
     transfer::sent,
@@ -13,10 +16,10 @@ use crate::{
     frame::{Frame, Header, Status},
     session::{Answer, Call, Input, Session},
     xdr::Writer,
-    xml::machine::refuse,
 };
 use bytes::Bytes;
 use karst_engine::InstanceView;
+use karst_model::instance::Status as State;
 use std::{os::fd::OwnedFd, sync::Arc};
 use tokio::io::AsyncReadExt;
 
@@ -24,19 +27,45 @@ fn unsupported(text: &str) -> VirError {
     VirError::new(Code::OperationUnsupported, Part::Qemu, text)
 }
 
-/// `DOMAIN_MANAGED_SAVE`: memory is kept, and the domain stops; the next start goes on from there.
+/// The key that says that a domain whose memory is kept stands still when it goes on, as libvirt writes it before the memory.
+const STANDS_STILL: &str = "user.libvirt.saved_paused";
+
+fn stands_still(view: &InstanceView) -> bool {
+    view.instance.config.get(STANDS_STILL).is_some_and(|still| still == "true")
+}
+
+/// Does a start of this domain from its memory leave it standing still?
+pub(super) fn goes_on_paused(view: &InstanceView) -> bool {
+    view.instance.stateful && stands_still(view)
+}
+
+/// Notes whether a domain is to stand still when it goes on from its memory.
+///
+/// # Errors
+/// Those of the engine.
+pub(super) async fn note_paused(call: &Call, view: &InstanceView, paused: bool) -> Result<(), VirError> {
+    if stands_still(view) == paused {
+        return Ok(());
+    }
+    let key = (STANDS_STILL.to_owned(), paused.then(|| "true".to_owned()));
+    set_keys(call, view, vec![key], None).await
+}
+
+/// `DOMAIN_MANAGED_SAVE`: memory is kept, and the domain stops; the next start goes on from there, as it was or as flags say.
 pub async fn managed_save(call: Call) -> Answered {
     let (named, flags) = call.arguments(|r| Ok((Named::read_domain(r)?, r.u32()?)))?;
-    if flags & (2 | 4) != 0 {
-        return Err(unsupported("a domain goes on as it was: running"));
-    }
     // Past the cache.
-    call.known_flags(flags, 1)?;
+    let wanted = wanted_state(&call, flags, 1)?;
     let view = call.guest(&named)?;
     if !is_running(&view) {
         return Err(VirError::state("domain is not running"));
     }
-    save(&call, &view).await?;
+    note_paused(&call, &view, wanted.unwrap_or(view.status == State::Frozen)).await?;
+    if let Err(e) = save(&call, &*call.guest(&named)?).await {
+        // What is not kept does not go on.
+        note_paused(&call, &*call.guest(&named)?, false).await?;
+        return Err(e);
+    }
     Ok(nothing())
 }
 
@@ -53,6 +82,7 @@ pub async fn managed_save_remove(call: Call) -> Answered {
         let (engine, context) = (&session.front.engine, &session.context);
         let (project, name) = (&view.project.name, &view.instance.name);
         ended(engine.instance_memory_drop(context, project, name).await?).await?;
+        note_paused(&call, &*call.session.guest(name)?, false).await?;
     }
     Ok(nothing())
 }
@@ -78,14 +108,20 @@ pub async fn managed_save_xml(call: Call) -> Answered {
     Ok(text(&crate::xml::domain::shown(&call, &view, true, flags & 1 != 0)?))
 }
 
-/// `DOMAIN_MANAGED_SAVE_DEFINE_XML`: there is no document beside the domain's.
+/// `DOMAIN_MANAGED_SAVE_DEFINE_XML`: there is no document beside the domain's, so it is that which changes.
 pub async fn managed_save_define(call: Call) -> Answered {
-    let (named, _, flags) =
+    let (named, document, flags) =
         call.arguments(|r| Ok((Named::read_domain(r)?, r.option(|r| r.string())?, r.u32()?)))?;
-    // To be running, or paused, afterwards.
-    call.known_flags(flags, 2 | 4)?;
-    demand_saved(&*call.guest(&named)?)?;
-    Err(refuse("domain", "saved memory goes on with the domain as it is defined; change that (define, edit)"))
+    let wanted = wanted_state(&call, flags, 0)?;
+    let view = call.guest(&named)?;
+    demand_saved(&view)?;
+    if let Some(text) = document {
+        redefine_saved(&call, &view, &text).await?;
+    }
+    if let Some(paused) = wanted {
+        note_paused(&call, &*call.guest(&named)?, paused).await?;
+    }
+    Ok(nothing())
 }
 
 /// `DOMAIN_SCREENSHOT`: a PNG file as a stream.

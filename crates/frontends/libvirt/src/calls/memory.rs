@@ -60,7 +60,7 @@ fn refused(e: Error) -> VirError {
 }
 
 /// What flags say of whether it is to run.
-fn wanted_state(call: &Call, flags: u32, known: u32) -> Result<Option<bool>, VirError> {
+pub(super) fn wanted_state(call: &Call, flags: u32, known: u32) -> Result<Option<bool>, VirError> {
     call.known_flags(flags, known | RUNNING | PAUSED)?;
     match flags & (RUNNING | PAUSED) {
         0 => Ok(None),
@@ -134,6 +134,17 @@ fn demand_same(old: &Machine, new: &Machine) -> Result<(), VirError> {
              host's side only",
         )),
     }
+}
+
+/// Refuses a document of a domain whose memory is kept that says something else of what its guest sees, or of its disks.
+///
+/// # Errors
+/// CONFIG_UNSUPPORTED, naming what differs.
+pub(super) fn demand_unchanged(old: &Machine, new: &Machine) -> Result<(), VirError> {
+    let Some(what) = differs(old, new, true) else { return Ok(()) };
+    let why = "is another than that of the domain whose memory is kept, which goes on as it was; remove its memory \
+        (managedsave-remove) to change that";
+    Err(refuse(&what, why))
 }
 
 /// The document of a domain as it runs, in the form of a definition.

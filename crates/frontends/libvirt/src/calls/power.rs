@@ -1,6 +1,12 @@
 //! Power and names of domains.
 
-use super::{Answered, Named, domain::is_running, int, nothing, write_domain};
+use super::{
+    Answered, Named,
+    domain::is_running,
+    int,
+    machine::{goes_on_paused, note_paused},
+    nothing, write_domain,
+};
 use crate::{
     error::{Code, Part, VirError},
     session::{Call, Driver, Session},
@@ -117,14 +123,22 @@ async fn start_as(call: &Call, view: &InstanceView, stateful: bool, paused: bool
     if is_running(view) {
         return Err(VirError::state("domain is already running"));
     }
-    if paused {
+    let (project, name) = (&view.project.name, &view.instance.name);
+    if paused || stateful && goes_on_paused(view) {
         let session = &call.session;
         let (engine, context) = (&session.front.engine, &session.context);
-        let (project, name) = (&view.project.name, &view.instance.name);
-        return ended(engine.machine_start_paused(context, project, name, stateful).await?).await;
+        ended(engine.machine_start_paused(context, project, name, stateful).await?).await?;
+    } else {
+        let request = PowerRequest { action: PowerAction::Start, force: false, timeout: None, stateful };
+        ask_power(call, view, request).await?;
     }
-    let request = PowerRequest { action: PowerAction::Start, force: false, timeout: None, stateful };
-    ask_power(call, view, request).await
+    // It was said of this start. Who may start it need not be let change it; the next one that keeps its memory says it anew.
+    if let Ok(now) = call.session.guest(name)
+        && let Err(e) = note_paused(call, &now, false).await
+    {
+        tracing::debug!(error = %e.text, "a domain is still said to stand still when its memory is loaded");
+    }
+    Ok(())
 }
 
 /// Keeps its memory and stops it.
