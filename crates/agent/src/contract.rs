@@ -264,6 +264,7 @@ impl Subject {
                 given: vec![],
                 resume: false,
                 paused: false,
+                fresh_firmware: false,
                 accelerator: None,
             }),
             limits: Limits {

@@ -150,6 +150,9 @@ pub struct MachineSpec {
     /// This start ends before the first instruction: the machine stands still until it is told to go on.
     #[serde(default, skip_serializing_if = "is_false")]
     pub paused: bool,
+    /// This start has the variables of the firmware as they come with it: what it kept is gone.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub fresh_firmware: bool,
     /// Pass the accelerator explicitly only when a test or the user forces one; otherwise the host chooses.
     pub accelerator: Option<crate::node::AcceleratorKind>,
 }

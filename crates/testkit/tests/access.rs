@@ -448,6 +448,7 @@ fn cases() -> Vec<Case> {
         machine_define Edit |f, c, p| f.w.engine.machine_define(c, p, DefineMachine { create: CreateInstance { kind: InstanceKind::VirtualMachine, ..container("fresh") }, uuid: None, places: BTreeMap::new(), paused: false, memory: None }).await.map(drop);
         instance_power Use |f, c, p| f.w.engine.instance_power(c, p, "run", power(PowerAction::Stop)).await.map(drop);
         instance_ask Use |f, c, p| f.w.engine.instance_ask(c, p, "run", karst_model::guest::GuestWish::Shutdown, karst_model::guest::AskedBy::Any).await;
+        machine_start_fresh Use |f, c, p| of_a_machine(f.w.engine.machine_start_fresh(c, p, "still", false).await.map(drop));
         machine_start_paused Use |f, c, p| of_a_machine(f.w.engine.machine_start_paused(c, p, "still", false).await.map(drop));
         machine_save ServerEdit |f, c, p| of_a_machine(f.w.engine.machine_save(c, HERE, "run", SaveMemory { path: "/srv/saves/a".into(), document: String::new(), paused: None }).await.map(drop));
         machine_dump ServerEdit |f, c, p| of_a_machine(f.w.engine.machine_dump(c, HERE, "run", DumpMemory { path: "/srv/saves/a".into(), format: karst_model::memory::DumpFormat::Elf, after: AfterDump::GoesOn }).await.map(drop));

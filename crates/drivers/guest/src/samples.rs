@@ -118,6 +118,7 @@ pub fn machine(uuid: u128) -> MachineSpec {
         given: vec![],
         resume: false,
         paused: false,
+        fresh_firmware: false,
         accelerator: None,
     }
 }

@@ -348,6 +348,14 @@ fn nvram(dir: &Path, name: &str, template: &str) -> Result<OwnedFd> {
     }
 }
 
+/// Removes what a firmware keeps; fine when there is nothing.
+fn forget(path: &Path) -> Result<()> {
+    match std::fs::remove_file(path) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(e.into()),
+        _ => Ok(()),
+    }
+}
+
 /// Must something be said to QEMU before the guest's first instruction?
 pub(crate) fn hold(guest: &ResolvedGuest) -> bool {
     guest.nics.iter().any(|n| n.disconnected)
@@ -426,7 +434,12 @@ pub(crate) fn prepare(
     fds.extend(ports::descriptors(guest, &spec.lines)?);
     fds.extend(given::descriptors(guest, &spec.given)?);
     if let Some((_, template)) = code {
-        fds.push((fd::VARS, nvram(&guest.state_dir, nvram_file(spec.firmware), template)?));
+        let name = nvram_file(spec.firmware);
+        // What was there when memory was saved belongs to it.
+        if spec.fresh_firmware && !spec.resume {
+            forget(&guest.state_dir.join(name))?;
+        }
+        fds.push((fd::VARS, nvram(&guest.state_dir, name, template)?));
     }
     let machine = Machine {
         name: guest.instance.to_string(),
@@ -601,6 +614,22 @@ mod tests {
 
         let nobody = connect(dir.path(), "t").await.unwrap_err();
         assert_eq!(nobody.kind(), std::io::ErrorKind::NotFound, "who is not there is not waited for");
+    }
+
+    #[test]
+    fn what_a_firmware_keeps_is_there_until_it_is_to_be_forgotten() {
+        let dir = tempfile::tempdir().unwrap();
+        let template = dir.path().join("template");
+        std::fs::write(&template, "fresh").unwrap();
+        let (path, template) = (dir.path().join("nvram.fd"), template.to_str().unwrap());
+        forget(&path).unwrap();
+        drop(nvram(dir.path(), "nvram.fd", template).unwrap());
+        std::fs::write(&path, "kept").unwrap();
+        drop(nvram(dir.path(), "nvram.fd", template).unwrap());
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), "kept");
+        forget(&path).unwrap();
+        drop(nvram(dir.path(), "nvram.fd", template).unwrap());
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), "fresh");
     }
 
     #[test]

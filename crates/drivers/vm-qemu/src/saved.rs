@@ -99,6 +99,7 @@ impl Shape {
             hardware: record.hardware.clone().map(|h| MachineSpec {
                 resume: false,
                 paused: false,
+                fresh_firmware: false,
                 boot_menu: false,
                 ends_on_reboot: false,
                 // The time goes on as it was saved.

@@ -456,6 +456,13 @@ impl StartPlan {
         }
     }
 
+    /// A virtual machine has forgotten then what its firmware kept.
+    pub(crate) fn forget_firmware(&mut self) {
+        if let Some(machine) = &mut self.spec.machine {
+            machine.fresh_firmware = true;
+        }
+    }
+
     /// A virtual machine goes on from memory in a file of its host.
     pub(crate) fn go_on_from(&mut self, file: &str) {
         self.spec.memory = Some(file.to_owned());

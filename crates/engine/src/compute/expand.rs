@@ -577,6 +577,7 @@ pub fn guest_spec(
             given: given(&parsed.given, stateful, &identity)?,
             resume: false,
             paused: false,
+            fresh_firmware: false,
             accelerator: None,
         }),
         (None, InstanceKind::VirtualMachine) => {

@@ -57,6 +57,8 @@ pub(crate) struct Also {
     pub(crate) keep: bool,
     /// A virtual machine that starts stands still before its first instruction.
     pub(crate) paused: bool,
+    /// A virtual machine that starts has forgotten what its firmware kept.
+    pub(crate) fresh_firmware: bool,
     /// A virtual machine that starts goes on from memory in this file of its host.
     pub(crate) memory: Option<String>,
 }
@@ -90,6 +92,24 @@ impl Engine {
     ) -> Result<LiveOperation> {
         let request = PowerRequest { action: PowerAction::Start, force: false, timeout: None, stateful };
         self.power(context, project, name, request, Also { paused: true, ..Also::default() }).await
+    }
+
+    /// Starts a virtual machine with the variables of its firmware as they come with it, without memory that was kept; to stand still
+    /// before its first instruction where `paused`.
+    ///
+    /// # Errors
+    /// Those of [`Engine::instance_power`], and unsupported for a container.
+    pub async fn machine_start_fresh(
+        &self,
+        context: &Context,
+        project: &str,
+        name: &str,
+        paused: bool,
+    ) -> Result<LiveOperation> {
+        let request =
+            PowerRequest { action: PowerAction::Start, force: false, timeout: None, stateful: false };
+        let also = Also { paused, fresh_firmware: true, ..Also::default() };
+        self.power(context, project, name, request, also).await
     }
 
     /// As [`Engine::instance_power`].
@@ -173,6 +193,12 @@ impl Engine {
             if also.paused && row.kind != InstanceKind::VirtualMachine {
                 let text = "virtual machines only stand still before their first instruction; start it, then freeze it";
                 return Err(Error::unsupported(text).at("paused"));
+            }
+            if also.fresh_firmware && row.kind != InstanceKind::VirtualMachine {
+                return Err(Error::unsupported("virtual machines only have a firmware").at("firmware"));
+            }
+            if let (true, Some(start)) = (also.fresh_firmware, &mut plan.start) {
+                start.forget_firmware();
             }
             if let (true, Some(start)) = (also.paused, &mut plan.start) {
                 start.pause();

@@ -26,6 +26,7 @@ const SNAPSHOT: i32 = 185;
 const REVERT: i32 = 192;
 /// Of a start, of `create` and of a revert.
 const PAUSED: u32 = 1;
+const RESET_NVRAM: u32 = 32;
 const REVERT_PAUSED: u32 = 2;
 
 fn flagged(of: &[u8], flags: u32) -> Vec<u8> {
@@ -110,9 +111,37 @@ async fn a_domain_that_begins_paused_executes_nothing() {
     server.guest("c1", InstanceKind::Container, false).await;
     let mut lxc = server.open("full", "lxc:///system").await;
     let c1 = lxc.domain("c1").await;
-    let refused = lxc.call(START_WITH_FLAGS, &flagged(&c1, PAUSED)).await.unwrap_err();
-    assert_eq!(refused.0, Code::OperationUnsupported as i32, "{refused:?}");
+    for flags in [PAUSED, RESET_NVRAM] {
+        let refused = lxc.call(START_WITH_FLAGS, &flagged(&c1, flags)).await.unwrap_err();
+        assert_eq!(refused.0, Code::OperationUnsupported as i32, "{refused:?}");
+    }
     assert_eq!(lxc.state(&c1).await.0, 5);
+}
+
+/// What a firmware kept is gone where that is asked for, and not where it is a part of memory that was saved.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_firmware_begins_afresh_where_it_is_told_to() {
+    let server = Server::start().await;
+    let admin = Context::new(Principal::system());
+    machine(&server, "v1").await;
+    let id = server.engine.instance(&admin, "default", "v1").unwrap().instance.id;
+    let fresh = || server.host.guest_spec(id).unwrap().machine.unwrap().fresh_firmware;
+    let mut client = server.open("full", "qemu:///system").await;
+    let v1 = client.domain("v1").await;
+    client.call(START_WITH_FLAGS, &flagged(&v1, RESET_NVRAM | PAUSED)).await.unwrap();
+    assert_eq!((fresh(), client.state(&v1).await.0), (true, 3));
+    client.call(RESUME, &v1).await.unwrap();
+    client.call(182, &flagged(&v1, 0)).await.unwrap();
+    let refused = client.call(START_WITH_FLAGS, &flagged(&v1, RESET_NVRAM)).await.unwrap_err();
+    assert!(
+        refused.0 == Code::OperationUnsupported as i32 && refused.1.contains("--force-boot"),
+        "{refused:?}"
+    );
+    client.call(START_WITH_FLAGS, &flagged(&v1, 0)).await.unwrap();
+    assert!(!fresh(), "it is said of one start");
+    client.call(DESTROY, &v1).await.unwrap();
+    client.call(START_WITH_FLAGS, &flagged(&v1, RESET_NVRAM)).await.unwrap();
+    assert_eq!((fresh(), client.state(&v1).await.0), (true, 1));
 }
 
 /// A machine that begins anew stays the same domain, with its number: nobody is told that it stopped.

@@ -79,16 +79,37 @@ pub(super) const PAUSED: u32 = 1;
 const AUTODESTROY: u32 = 2;
 const BYPASS_CACHE: u32 = 4;
 const FORCE_BOOT: u32 = 8;
+const RESET_NVRAM: u32 = 32;
 /// Those that a start knows.
-pub(super) const START: u32 = PAUSED | AUTODESTROY | BYPASS_CACHE | FORCE_BOOT;
+pub(super) const START: u32 = PAUSED | AUTODESTROY | BYPASS_CACHE | FORCE_BOOT | RESET_NVRAM;
 
 /// Starts it as flags say.
 pub(super) async fn start_with(call: &Call, view: &InstanceView, flags: u32) -> Result<(), VirError> {
-    start_as(call, view, flags & FORCE_BOOT == 0, flags & PAUSED != 0).await?;
+    if flags & RESET_NVRAM != 0 {
+        start_fresh(call, view, flags).await?;
+    } else {
+        start_as(call, view, flags & FORCE_BOOT == 0, flags & PAUSED != 0).await?;
+    }
     if flags & AUTODESTROY != 0 {
         doom(call, &*call.session.guest(&view.instance.name)?, flags);
     }
     Ok(())
+}
+
+/// Starts it without what its firmware kept. That is a part of memory that was saved, which it would go on from.
+async fn start_fresh(call: &Call, view: &InstanceView, flags: u32) -> Result<(), VirError> {
+    if is_running(view) {
+        return Err(VirError::state("domain is already running"));
+    }
+    if view.instance.stateful && flags & FORCE_BOOT == 0 {
+        let text = "the variables of the firmware are part of what was saved; start the domain without it (--force-boot)";
+        return Err(VirError::new(Code::OperationUnsupported, Part::Qemu, text));
+    }
+    let session = &call.session;
+    let (engine, context) = (&session.front.engine, &session.context);
+    let (project, name) = (&view.project.name, &view.instance.name);
+    let started = engine.machine_start_fresh(context, project, name, flags & PAUSED != 0).await?;
+    ended(started).await
 }
 
 /// One that runs ends with the connection, where flags say so.
