@@ -187,7 +187,7 @@ fn waited(sched: &str) -> u64 {
     let is = |name: &str| name.trim().rsplit('.').next() == Some("wait_sum");
     let mut lines = sched.lines().filter_map(|line| line.split_once(':'));
     let found = lines.find(|(name, _)| is(name)).and_then(|(_, value)| value.trim().parse::<f64>().ok());
-    found.map_or(0, |milliseconds| (milliseconds * 1e6).max(0.0) as u64)
+    found.map_or(0, |milliseconds| (milliseconds * 1e6).max(0.0).round() as u64)
 }
 
 /// A thread as a processor's, whose number is not said: its times and the processor of the host that it was last on.

@@ -199,3 +199,26 @@ async fn each_processor_may_be_named_and_a_balloon_is_needed() {
     call(&mut client, "DOMAIN_CREATE", |w| w).await.unwrap();
     is(set_memory(&mut client, 131_072, LIVE).await, Code::OperationInvalid, "without the balloon device");
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_volume_of_a_disk_grows_under_its_guest() {
+    let (server, mut client) = ready().await;
+    define(&mut client, &domain("v1", &[])).await.unwrap();
+    let admin = Context::new(Principal::system());
+    let size = || server.engine.custom_volume(&admin, "default", "default", "d1").unwrap().size.unwrap();
+    let first = size().bytes();
+    let resize = async |client: &mut Client, disk: &str, size: u64, flags: u32| {
+        call(client, "DOMAIN_BLOCK_RESIZE", |w| w.string(disk).u64(size).u32(flags)).await
+    };
+    is(resize(&mut client, "vda", first * 2, 1).await, Code::OperationInvalid, "not running");
+    call(&mut client, "DOMAIN_CREATE", |w| w).await.unwrap();
+    resize(&mut client, "vda", first * 2, 1).await.unwrap();
+    assert_eq!(size().bytes(), first * 2);
+    // In KiB, by the path of its volume.
+    resize(&mut client, "/karst/default/d1", first * 3 / 1024, 0).await.unwrap();
+    assert_eq!(size().bytes(), first * 3);
+    is(resize(&mut client, "vda", first, 1).await, Code::OperationUnsupported, "cannot shrink");
+    is(resize(&mut client, "sdc", first * 2, 1).await, Code::OperationUnsupported, "readonly disk 'sdc'");
+    is(resize(&mut client, "vdz", first * 2, 1).await, Code::InvalidArg, "vdz");
+    is(resize(&mut client, "vda", u64::MAX, 0).await, Code::InvalidArg, "less than");
+}

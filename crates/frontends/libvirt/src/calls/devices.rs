@@ -8,7 +8,7 @@ pub(super) use super::sides::{CONFIG, LIVE, live};
 use super::{
     Answered, Named,
     domain::is_running,
-    filesystems, nothing,
+    filesystems, nothing, power::ended,
     sides::{Affects, Edits, Side, affects, asked, edits, write},
     told,
 };
@@ -21,8 +21,11 @@ use crate::{
         machine::{Machine, iotune, read, refuse, shares, spec},
     },
 };
-use karst_engine::InstanceView;
-use karst_model::{device::Rates, instance::DeviceIdentity, options::DiskOptions};
+use karst_engine::{InstanceView, volumes::update::UpdateVolume};
+use karst_model::{
+    Config, device::Rates, instance::DeviceIdentity, keys::optional_flag, options::DiskOptions,
+    storage::VolumeContent,
+};
 
 fn failed(text: impl Into<String>) -> VirError {
     VirError::new(Code::OperationFailed, crate::error::Part::Qemu, text)
@@ -390,13 +393,47 @@ pub async fn block_resize(call: Call) -> Answered {
     let bytes = if flags & 1 != 0 { Some(size) } else { size.checked_mul(1024) };
     let bytes = bytes.ok_or_else(|| VirError::argument("size must be less than 2^64 bytes"))?;
     let device = disk_of(&view, &disk)?;
-    if asked(&view, 0)?.all_devices.get(&device).is_some_and(|keys| keys.contains_key("source")) {
-        let text = "a volume grows by vol-resize, also under the guests that run with it; the disk of an instance made by Karst grows by this";
-        return Err(VirError::new(Code::OperationUnsupported, call.opened()?.driver.part(), text));
+    let keys = asked(&view, 0)?.all_devices.get(&device).cloned().unwrap_or_default();
+    if let Some(source) = keys.get("source") {
+        return grow_volume(&call, (&disk, &keys, source), bytes).await;
     }
     // A disk grows for good: both sides know.
     let both = Affects { run: true, definition: true };
     set_device(&call, &view, both, |_| Ok((device.clone(), vec![("size", Some(bytes.to_string()))]))).await?;
+    Ok(nothing())
+}
+
+/// Grows the volume of a disk, as vol-resize does: all that run with it have it so.
+async fn grow_volume(call: &Call, (disk, keys, source): (&str, &Config, &str), bytes: u64) -> Answered {
+    let part = call.opened()?.driver.part();
+    let unsupported = |text: String| VirError::new(Code::OperationUnsupported, part, text);
+    let fixed = || unsupported(format!("can't resize empty or readonly disk '{disk}'"));
+    let Some(pool) = keys.get("pool") else {
+        return Err(unsupported(format!(
+            "'{source}' is a path of the host, which has the size that it has there"
+        )));
+    };
+    if optional_flag(keys, "readonly") == Some(true) || optional_flag(keys, "attached") == Some(false) {
+        return Err(fixed());
+    }
+    let session = &call.session;
+    let (engine, context, project) = (&session.front.engine, &session.context, &session.opened()?.project);
+    let volume = engine.custom_volume(context, project, pool, source)?;
+    if volume.content == VolumeContent::Iso {
+        return Err(fixed());
+    }
+    if volume.size.is_some_and(|now| now.bytes() > bytes) {
+        let text = "volumes cannot shrink: what is beyond their end would be lost";
+        return Err(unsupported(text.to_owned()));
+    }
+    let mut config = volume.config.clone();
+    config.insert("size".into(), bytes.to_string());
+    let request = UpdateVolume {
+        description: volume.description.clone(),
+        config,
+        if_version: Some(volume.spec_version),
+    };
+    ended(engine.volume_update(context, project, pool, source, request).await?).await?;
     Ok(nothing())
 }
 
