@@ -33,7 +33,7 @@ pub use backend::FileSystem;
 use backend::{Backend, Kept};
 use karst_host::{fs::TreeMode, mount, sandbox::Launcher};
 use karst_model::{
-    ByteSize, Error, ImageId, Result, SnapshotId, VolumeId,
+    ByteSize, Error, ErrorKind, ImageId, Result, SnapshotId, VolumeId,
     storage::{PoolKind, Usage, VolumeContent},
 };
 use names::Object;
