@@ -8,7 +8,7 @@ use crate::{
     commands::{
         access, admin, backup, completion, config, console, copy, create, debug, display, exec, file, host,
         image, info, lifecycle, list, log, machine, man, monitor, network, operation, profile, project,
-        publish, query, relocate, snapshot, storage, top, trust, version, warning,
+        publish, query, relocate, secret, snapshot, storage, top, trust, version, warning,
     },
     context::Context,
     error::{Error, Result},
@@ -148,6 +148,9 @@ enum Command {
     /// API tokens
     #[command(subcommand)]
     Token(access::Token),
+    /// Secrets of projects, such as passphrases of encrypted volumes
+    #[command(subcommand)]
+    Secret(secret::Secret),
     /// The audit log
     #[command(subcommand)]
     Audit(access::Audit),
@@ -230,6 +233,7 @@ async fn run(context: &Context, command: Command) -> Result<()> {
         Command::Admin(command) => command.run(context).await,
         Command::Trust(command) => command.run(context).await,
         Command::Token(command) => command.run(context).await,
+        Command::Secret(command) => command.run(context).await,
         Command::Audit(command) => command.run(context).await,
         Command::Host(command) => command.run(context).await,
         Command::Query(command) => command.run(context).await,

@@ -81,6 +81,7 @@ pub const TESTED: &[(&str, &str)] = &[
     ("karst_machine_ports", "ports_of_machines_are_attached_to"),
     ("karst_paging", "lists_come_in_pages"),
     ("karst_registries", "registries_know_projects_by_name"),
+    ("karst_secrets", "secrets_of_projects_live"),
     ("karst_snapshot_quiesce", "file_systems_are_still_around_snapshots"),
     ("karst_tokens", "tokens_are_shown_with_each_request"),
     ("karst_vmid", "a_vmid_is_chosen_and_shown"),

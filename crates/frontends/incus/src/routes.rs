@@ -6,7 +6,8 @@ use crate::{
     handlers::{
         access, allocations, audit, backups, certificates, debug, displays, events, exec, files, firewall,
         images, instances, karst, libvirt, logs, metadata, metrics, networks, operations, profiles, projects,
-        publish, recover, registries, resources, server, snapshots, storage, tokens, volumes, warnings,
+        publish, recover, registries, resources, secrets, server, snapshots, storage, tokens, volumes,
+        warnings,
     },
     respond::Reply,
 };
@@ -195,6 +196,10 @@ pub static TABLE: LazyLock<Vec<Row>> = LazyLock::new(|| {
         GET "/1.0/karst/registries" => registries::list, "registries_know_projects_by_name",
         PUT "/1.0/karst/registries/{host}" => registries::change, "registries_know_projects_by_name",
         DELETE "/1.0/karst/registries/{host}" => registries::delete, "registries_know_projects_by_name",
+        GET "/1.0/karst/secrets" => secrets::list, "secrets_of_projects_live",
+        POST "/1.0/karst/secrets" => secrets::create, "secrets_of_projects_live",
+        PUT "/1.0/karst/secrets/{uuid}" => secrets::change, "secrets_of_projects_live",
+        DELETE "/1.0/karst/secrets/{uuid}" => secrets::delete, "secrets_of_projects_live",
         GET "/1.0/karst/tokens" => tokens::list, "tokens_are_shown_with_each_request",
         POST "/1.0/karst/tokens" => tokens::create, "tokens_are_shown_with_each_request",
         DELETE "/1.0/karst/tokens/{name}" => tokens::delete, "tokens_are_shown_with_each_request",

@@ -86,6 +86,7 @@ pub fn concrete(path: &str, names: &Names, operation: &str) -> String {
         p = of(collection, name, p);
     }
     p = p
+        .replace("secrets/{uuid}", "secrets/00000000-0000-0000-0000-000000000005")
         .replace("warnings/{uuid}", &format!("warnings/{}", names.warning))
         .replace("certificates/{fingerprint}", &format!("certificates/{FINGERPRINT}"))
         .replace("{fingerprint}", &names.image)
@@ -117,6 +118,8 @@ pub fn body(method: &Method, path: &str, image: &str) -> String {
         ("PUT" | "PATCH", "/1.0/warnings/{uuid}") => json!({"status": "acknowledged"}),
         ("PUT", "/1.0/karst/registries/{host}") => json!({"user": "robot", "password": "s3cret"}),
         ("PUT", "/1.0/karst/storage-pools/{name}") => json!({"autostart": true}),
+        ("POST", "/1.0/karst/secrets") => json!({"type": "volume", "usage": "/n9"}),
+        ("PUT", "/1.0/karst/secrets/{uuid}") => json!({"value": "s3cret"}),
         ("POST", "/1.0/karst/tokens") => json!({"name": "n9", "role": "viewer"}),
         ("POST", "/1.0/certificates") => json!({"name": "n9", "certificate": OTHER_CERTIFICATE}),
         ("PUT" | "PATCH", "/1.0/certificates/{fingerprint}") => json!({"name": "n9"}),

@@ -20,6 +20,7 @@ mod pools;
 mod reasons;
 mod recover;
 mod remote;
+mod secrets;
 mod sessions;
 mod settings;
 mod spice;

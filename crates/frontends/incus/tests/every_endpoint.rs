@@ -23,7 +23,7 @@ const BODILESS: &[(&str, &str)] = &[
 /// Fields that requests know, each of a type that none of them has.
 const WRONG: &str = r#"{"name": [1], "description": [1], "config": [1], "devices": 1, "source": 1, "action": [1], "command": 1,
     "target": [1], "type": [1], "width": [1], "restore": [1], "rules": 1, "public": "x", "properties": [1], "size": [1],
-    "expires_at": [1], "status": [1], "role": [1], "principal": [1], "password": [1],
+    "expires_at": [1], "status": [1], "role": [1], "principal": [1], "password": [1], "value": [1],
     "recipe": 1, "listen_address": 1}"#;
 
 /// Parameters that lead elsewhere, or are no names: what clients may not get through.
@@ -62,6 +62,7 @@ pub async fn everything(s: &Server) -> Vec<Value> {
         "karst/access",
         "karst/tokens",
         "karst/registries",
+        "karst/secrets",
         "warnings",
         "storage-pools/default/volumes",
         "storage-pools/default/volumes/custom/data/snapshots",

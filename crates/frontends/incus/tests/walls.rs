@@ -33,6 +33,8 @@ const HIDDEN: &str = "sekret";
 const ABSENT: &str = "absent";
 /// Where they are, and where the askers are at home.
 const THEIRS: &str = "sekretproj";
+/// The UUID of a secret there.
+const SECRET: &str = "00000000-0000-4000-8000-0000005e4e7d";
 const HOME: &str = "beta";
 
 /// A server with things in a project that nobody here may see, beside what [`furnished`] puts into the default project.
@@ -96,6 +98,8 @@ impl Site {
         s.engine.set_secret_key(karst_engine::secrets::SecretKey::new(&[7; 32]).unwrap());
         let registry = format!("/1.0/karst/registries/registry.sekret.example?project={THEIRS}");
         assert_eq!(s.put(&registry, json!({"user": "sekret", "password": "sekret"})).await.status, 200);
+        let secret = json!({"uuid": SECRET, "type": "volume", "usage": "sekret", "value": "sekret"});
+        assert_eq!(s.post(&format!("/1.0/karst/secrets?project={THEIRS}"), secret).await.status, 200);
         let path = format!("/1.0/instances/sekret-c?project={THEIRS}");
         let config = s.get(&path).await.metadata()["config"].clone();
         let site = Self {
@@ -228,6 +232,7 @@ impl Site {
             ("{backup}", "sekret-kept".into()),
             ("{backupName}", "sekret-kept".into()),
             ("{filename}", "lxc.log".into()),
+            ("secrets/{uuid}", format!("secrets/{SECRET}")),
             ("registries/{host}", "registries/registry.sekret.example".into()),
         ] {
             p = p.replace(parameter, &value);

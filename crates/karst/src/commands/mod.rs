@@ -40,6 +40,7 @@ pub mod project;
 pub mod publish;
 pub mod query;
 pub mod relocate;
+pub mod secret;
 pub mod session;
 pub mod snapshot;
 pub mod storage;

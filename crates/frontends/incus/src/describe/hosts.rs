@@ -184,6 +184,11 @@ shapes! {
         "host": Text, "user": Text, "certificate": Nullable(&Text),
     }
 
+    /// A secret of a project, without its value.
+    SECRET "Secret" {
+        "uuid": Text, "description": Text, "type": Text, "usage": Text, "private": Flag, "ephemeral": Flag,
+    }
+
     /// An API token.
     TOKEN "ApiToken" {
         "name": Text, "description": Text, "grants": List(&Object(&GRANT)), "created_at": Time,

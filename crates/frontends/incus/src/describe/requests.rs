@@ -253,6 +253,17 @@ shapes! {
         "active": Flag, "autostart": Flag,
     }
 
+    /// A secret to be.
+    SECRETS_POST "SecretsPost" {
+        "uuid": Text, "description": Text, "type": Text, "usage": Text, "private": Flag, "ephemeral": Flag,
+        "value": Text,
+    }
+
+    /// The value of a secret.
+    SECRET_PUT "SecretPut" {
+        "value": Must(&Text),
+    }
+
     /// An API token to be.
     TOKENS_POST "TokensPost" {
         "name": Must(&Text), "role": Must(&Text), "projects": Texts, "expires_at": Time,

@@ -26,6 +26,7 @@ pub mod publish;
 pub mod recover;
 pub mod registries;
 pub mod resources;
+pub mod secrets;
 pub mod server;
 pub mod snapshots;
 mod spice;
