@@ -1,6 +1,7 @@
 //! Managed networks: the use cases, and what hosts get of them.
 
 pub mod life;
+mod names;
 pub(crate) mod own;
 
 use self::own::Place;
@@ -136,6 +137,7 @@ impl EngineInner {
         confine(&spec, &mut hosts);
         addresses::settle(&mut hosts);
         labels::settle(records, &mut hosts);
+        names::reserve(&spec, &mut hosts);
         for host in &mut hosts {
             host.view.take_if(|v| v.project == network.project);
         }
@@ -645,11 +647,13 @@ pub struct NetworkPlan {
 }
 
 fn bare_spec(engine: &EngineInner, network: &Network) -> Result<NetworkSpec> {
+    let (spec, mut hosts) = (network.bridge()?, vec![]);
+    names::reserve(&spec, &mut hosts);
     Ok(NetworkSpec {
         id: network.id,
         bridge: network.interface().to_owned(),
-        spec: network.bridge()?,
-        hosts: vec![],
+        spec,
+        hosts,
         acls: vec![],
         sets: vec![],
         forwards: vec![],

@@ -36,6 +36,7 @@ pub mod memory;
 pub mod name;
 pub mod network;
 pub mod network_life;
+pub mod network_names;
 pub mod news;
 pub mod node;
 pub mod oci;

@@ -7,6 +7,7 @@ use crate::{
     firewall::{self, Policy},
     keys::parse_bool,
     network_life::NetworkLife,
+    network_names::{NetworkNames, is_name},
 };
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use serde::{Deserialize, Serialize};
@@ -116,6 +117,9 @@ pub struct BridgeSpec {
     pub search: Vec<String>,
     /// Name servers that guests are told instead of the bridge.
     pub nameservers: Vec<IpAddr>,
+    /// What is answered beside the guests' names, and addresses that are kept.
+    #[serde(skip_serializing_if = "NetworkNames::is_usual")]
+    pub names: NetworkNames,
     /// MTU of the bridge.
     pub mtu: Option<u32>,
     /// MAC address of the bridge; otherwise one is derived.
@@ -204,6 +208,7 @@ impl Default for BridgeSpec {
             dns_mode: DnsMode::Managed,
             search: vec![],
             nameservers: vec![],
+            names: NetworkNames::default(),
             mtu: None,
             hwaddr: None,
             multicast_snooping: None,
@@ -227,13 +232,30 @@ pub const BRIDGE_KEYS: &[(&str, &str)] = &[
     ("bridge.mtu", "MTU of the bridge, 1280 to 65535"),
     ("bridge.multicast_snooping", "IGMP and MLD snooping (true)"),
     ("dns.domain", "DNS domain of the guests (karst)"),
+    (
+        "dns.forwarders",
+        "servers that are asked for names that the network does not know: ADDRESS, DOMAIN=ADDRESS, or DOMAIN= for those of the \
+         host, comma-separated",
+    ),
+    ("dns.hosts", "further hosts: ADDRESS NAME [NAME…], comma-separated"),
+    ("dns.local", "names of dns.domain that are not known are asked for nowhere else (true)"),
     ("dns.mode", "names of the guests: managed, dynamic (also what they say themselves) or none"),
     ("dns.nameservers", "name servers that guests are told instead of the bridge, comma-separated"),
+    ("dns.plain", "names without a domain are asked for elsewhere (false)"),
     ("dns.search", "domains in which guests search for short names, comma-separated"),
+    (
+        "dns.srv",
+        "services: SERVICE PROTOCOL [DOMAIN [TARGET [PORT [PRIORITY [WEIGHT]]]]], - for what is not said, comma-separated",
+    ),
+    ("dns.txt", "texts: NAME VALUE, one a line"),
     ("ipv4.address", "address of the bridge with its prefix, auto or none"),
     ("ipv4.dhcp", "serve DHCPv4 (true)"),
     ("ipv4.dhcp.expiry", "how long leases hold, such as 1h (the default) or infinite"),
     ("ipv4.dhcp.gateway", "gateway that guests are told instead of the bridge"),
+    (
+        "ipv4.dhcp.hosts",
+        "addresses kept for MAC addresses, which need not be of a guest yet: MAC ADDRESS [NAME], comma-separated",
+    ),
     ("ipv4.dhcp.ranges", "ranges FIRST-LAST for leases, comma-separated; all addresses when absent"),
     ("ipv4.dhcp.routes", "routes that guests are told: DESTINATION,GATEWAY,DESTINATION,GATEWAY,…"),
     ("ipv4.firewall", "open other firewalls of the host for the network (true)"),
@@ -354,10 +376,7 @@ impl<'a> Reader<'a> {
 }
 
 fn domain(key: &str, text: &str) -> Result<()> {
-    let label = |l: &str| {
-        (1..=63).contains(&l.len()) && l.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-' || b == b'_')
-    };
-    if text.len() > 253 || !text.split('.').all(label) {
+    if !is_name(text) {
         return Err(bad(key, format!("{text:?} is not a DNS domain")));
     }
     Ok(())
@@ -487,6 +506,7 @@ impl BridgeSpec {
             }
             named.push(interface.name);
         }
+        let plain = r.get("dns.plain").map(|_| r.flag("dns.plain", false)).transpose()?;
         let spec = Self {
             nat: r.flag("ipv4.nat", false)?,
             nat_address: r.one("ipv4.nat.address", "an IPv4 address")?,
@@ -524,6 +544,7 @@ impl BridgeSpec {
             },
             search,
             nameservers: r.many("dns.nameservers", "an IP address")?,
+            names: NetworkNames::parse(&|key| r.get(key), r.flag("dns.local", true)?, plain)?,
             mtu,
             hwaddr: r.get("bridge.hwaddr").map(|m| parse_mac("config.bridge.hwaddr", m)).transpose()?,
             multicast_snooping: r
@@ -544,6 +565,14 @@ impl BridgeSpec {
         if let Some(all) = spec.routed().find(|n| n.prefix_len() == 0) {
             let key = if all.addr().is_ipv4() { "ipv4.routes" } else { "ipv6.routes" };
             return Err(bad(key, "the default route cannot lead into a network of guests"));
+        }
+        if spec.dns_mode == DnsMode::None && spec.names.has_records() {
+            let text = "\"none\" leaves nobody who answers dns.hosts, dns.txt, dns.srv and dns.forwarders; take these out";
+            return Err(bad("dns.mode", text));
+        }
+        if let Some(kept) = spec.names.reserved.iter().find(|h| !spec.takes(h.address.into())) {
+            let text = format!("{} is not an address for a guest of this network", kept.address);
+            return Err(bad("ipv4.dhcp.hosts", text));
         }
         if spec.ra && spec.ipv6.is_some() && !spec.dhcp6 && spec.dhcp6_stateful {
             return Err(bad("ipv6.dhcp.stateful", "stateful DHCPv6 needs ipv6.dhcp=true"));
@@ -591,6 +620,9 @@ pub struct Lease {
     pub address: std::net::IpAddr,
     /// Assigned by configuration rather than from the pool.
     pub fixed: bool,
+    /// When it ends, in seconds since 1970, unless it is renewed; none of one that never does, and of what nobody leased.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub expires: Option<i64>,
 }
 
 #[cfg(test)]
@@ -658,6 +690,11 @@ mod tests {
             ("dns.mode", "some"),
             ("dns.search", "ok,a\nb"),
             ("dns.nameservers", "ns1"),
+            ("dns.local", "perhaps"),
+            ("dns.plain", "perhaps"),
+            ("dns.hosts", "10.1.2.5 a/b"),
+            ("ipv4.dhcp.hosts", "52:54:00:aa:bb:01 10.9.9.9"),
+            ("ipv4.dhcp.hosts", "52:54:00:aa:bb:01 10.1.2.1"),
             ("raw.dnsmasq", "dhcp-script=/bin/sh"),
             ("bgp.peers.x.asn", "1"),
             ("bridge.driver", "openvswitch"),

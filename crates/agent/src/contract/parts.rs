@@ -259,7 +259,13 @@ pub(super) async fn networks(s: &Subject) {
         refused(s.agent.network_ensure(&s.change(), both).await, ErrorKind::Conflict);
     }
     let leases = s.agent.network_leases(&s.read(), network.id).await.unwrap();
-    let fixed = Lease { hostname: "fixed".into(), mac: host.mac, address: address.into(), fixed: true };
+    let fixed = Lease {
+        hostname: "fixed".into(),
+        mac: host.mac,
+        address: address.into(),
+        fixed: true,
+        expires: None,
+    };
     assert_eq!(leases, [fixed]);
     // Nobody is on it: it may get another name.
     let renamed = NetworkSpec { bridge: choice_of(&network.bridge), ..network.clone() };

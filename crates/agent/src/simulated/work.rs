@@ -536,6 +536,9 @@ impl SimulatedAgent {
         let mut guard = self.settled();
         let state = &mut *guard;
         let network = state.networks.get_mut(&id).ok_or_else(|| no_network(id))?;
+        // Renewed half way through, as clients do.
+        let expiry = i64::from(network.spec.spec.dhcp_expiry);
+        let expires = (expiry > 0).then(|| self.seconds() + expiry);
         let mut leases = vec![];
         let mut seen = BTreeSet::new();
         for host in &network.spec.hosts {
@@ -546,6 +549,7 @@ impl SimulatedAgent {
                     mac: host.mac.clone(),
                     address: address.into(),
                     fixed: true,
+                    expires: None,
                 });
             }
         }
@@ -558,6 +562,7 @@ impl SimulatedAgent {
                         mac: nic.mac.clone(),
                         address: address.into(),
                         fixed: nic.ipv4.is_some(),
+                        expires: expires.filter(|_| nic.ipv4.is_none()),
                     });
                 }
             }

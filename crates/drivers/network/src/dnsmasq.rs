@@ -137,7 +137,7 @@ pub(crate) fn write_hosts(paths: &Paths, record: &Record, hosts: &[NetworkHost])
     let gid = Some(account()?.gid);
     record::make_directory(&paths.network(record.id), 0o750, gid)?;
     let dhcp = render::dhcp_hosts(hosts);
-    let names = render::dns_hosts(&record.spec.domain, hosts);
+    let names = render::dns_hosts(&record.spec.domain, hosts) + &render::more_hosts(&record.spec);
     let one = record::write_if_changed(&paths.file(record.id, "dhcp-hosts"), dhcp.as_bytes(), 0o640, gid)?;
     let two = record::write_if_changed(&paths.file(record.id, "hosts"), names.as_bytes(), 0o640, gid)?;
     Ok(one || two)

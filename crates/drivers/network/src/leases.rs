@@ -11,6 +11,8 @@ use std::net::{IpAddr, Ipv4Addr};
 pub(crate) struct Entry {
     pub mac: String,
     pub address: IpAddr,
+    /// Seconds since 1970; none of one that never ends.
+    pub expires: Option<i64>,
 }
 
 /// Lease lines that hold at `now` (seconds since 1970): `expiry mac address name client-id`, expiry 0 for ever; of DHCPv6
@@ -31,7 +33,8 @@ pub(crate) fn parse(text: &str, now: u64) -> Vec<Entry> {
                 IpAddr::V6(_) => return None,
             };
             let mac = mac.to_ascii_lowercase();
-            (mac.len() == 17 && (expiry == 0 || expiry > now)).then_some(Entry { mac, address })
+            let expires = (expiry != 0).then(|| i64::try_from(expiry).unwrap_or(i64::MAX));
+            (mac.len() == 17 && (expiry == 0 || expiry > now)).then_some(Entry { mac, address, expires })
         })
         .collect()
 }
@@ -44,11 +47,13 @@ pub(crate) fn merge(entries: &[Entry], spec: &BridgeSpec, hosts: &[NetworkHost])
         let fixed = [host.ipv4.map(IpAddr::V4), host.ipv6.map(IpAddr::V6)];
         let own = spec.ipv6.filter(|_| spec.slaac() && host.ipv6.is_none()).and_then(|n| eui64(n, &host.mac));
         let all = fixed.into_iter().flatten().map(|a| (a, true)).chain(own.map(|a| (IpAddr::V6(a), false)));
+        let leased = |address: IpAddr| entries.iter().find(|e| e.mac == host.mac && e.address == address);
         leases.extend(all.map(|(address, fixed)| Lease {
             hostname: host.hostname.clone(),
             mac: host.mac.clone(),
             address,
             fixed,
+            expires: leased(address).and_then(|e| e.expires),
         }));
     }
     for entry in entries {
@@ -61,6 +66,7 @@ pub(crate) fn merge(entries: &[Entry], spec: &BridgeSpec, hosts: &[NetworkHost])
             mac: entry.mac.clone(),
             address: entry.address,
             fixed: false,
+            expires: entry.expires,
         });
     }
     leases.sort_by_key(|l| l.address);
@@ -107,15 +113,15 @@ mod tests {
         ];
         let seen: Vec<_> = merge(&entries, &BridgeSpec::default(), &hosts)
             .iter()
-            .map(|l| format!("{} {} {} {}", l.address, l.mac, l.hostname, l.fixed))
+            .map(|l| format!("{} {} {} {} {:?}", l.address, l.mac, l.hostname, l.fixed, l.expires))
             .collect();
         assert_eq!(
             seen,
             [
-                "10.1.2.3 02:00:00:00:00:09 off true",
-                "10.1.2.5 02:00:00:00:00:03 v1 true",
-                "10.1.2.7 02:00:00:00:00:01 c1 false",
-                "fd42::9 02:00:00:00:00:03 v1 false"
+                "10.1.2.3 02:00:00:00:00:09 off true None",
+                "10.1.2.5 02:00:00:00:00:03 v1 true None",
+                "10.1.2.7 02:00:00:00:00:01 c1 false Some(1000)",
+                "fd42::9 02:00:00:00:00:03 v1 false None"
             ]
         );
     }

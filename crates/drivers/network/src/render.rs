@@ -7,6 +7,7 @@ use karst_model::{
     Error, Result,
     device::interface_name,
     network::{BridgeSpec, DnsMode},
+    network_names::{DnsForwarder, DnsHost, DnsService, DnsText, NetworkNames, ReservedHost},
     spec::NetworkHost,
 };
 use std::{
@@ -54,19 +55,25 @@ pub(crate) fn dnsmasq(record: &Record, context: &DnsmasqContext<'_>, view: Optio
         log = file("dnsmasq.log"),
     );
     if spec.dns_mode != DnsMode::None {
-        let _ = write!(
-            text,
-            "addn-hosts={hosts}\ndomain={domain}\nlocal=/{domain}/\ndomain-needed\n\
-             interface-name=_gateway.{domain},{bridge}\n",
-            hosts = file("hosts"),
-            domain = spec.domain
-        );
+        let domain = &spec.domain;
+        let _ = write!(text, "addn-hosts={hosts}\ndomain={domain}\n", hosts = file("hosts"));
+        if !spec.names.beyond {
+            let _ = writeln!(text, "local=/{domain}/");
+        }
+        text.push_str(match spec.names.plain {
+            None => "domain-needed\n",
+            Some(false) => "domain-needed\nlocal=//\n",
+            Some(true) => "",
+        });
+        let _ = writeln!(text, "interface-name=_gateway.{domain},{bridge}");
+        records(&mut text, &spec.names);
         if let Some(net) = spec.ipv4.filter(|n| matches!(n.prefix_len(), 8 | 16 | 24)) {
             // Addresses of guests are looked up here alone. Older dnsmasq takes whole octets only.
             let _ = writeln!(text, "rev-server={}", net.trunc());
         }
     }
-    if !context.upstream {
+    let alone = spec.names.forwarders.iter().any(|f| f.domain.is_none());
+    if !context.upstream || alone {
         text.push_str("no-resolv\n");
     }
     if let Some(port) = view {
@@ -96,6 +103,35 @@ pub(crate) fn dnsmasq(record: &Record, context: &DnsmasqContext<'_>, view: Optio
         text.push('\n');
     }
     Some(text)
+}
+
+/// What is answered beside names of guests, and who is asked for the rest. All of it was checked when it was parsed, and is again
+/// before it comes here ([`check`]).
+fn records(text: &mut String, names: &NetworkNames) {
+    for forwarder in &names.forwarders {
+        let address = forwarder.address.map_or("#".into(), |a| a.to_string());
+        let _ = match &forwarder.domain {
+            Some(domain) => writeln!(text, "server=/{domain}/{address}"),
+            None => writeln!(text, "server={address}"),
+        };
+    }
+    for record in &names.texts {
+        // In quotes a comma is a part of the text.
+        let value = record.value.replace('\\', "\\\\").replace('"', "\\\"");
+        let _ = writeln!(text, "txt-record={},\"{value}\"", record.name);
+    }
+    for service in &names.services {
+        let _ = write!(text, "srv-host=_{}._{}", service.service, service.protocol);
+        if let Some(domain) = &service.domain {
+            let _ = write!(text, ".{domain}");
+        }
+        if let Some(target) = &service.target {
+            let numbers =
+                [service.port.unwrap_or(1), service.priority.unwrap_or(0), service.weight.unwrap_or(0)];
+            let _ = write!(text, ",{target},{}", joined(numbers));
+        }
+        text.push('\n');
+    }
 }
 
 fn joined<T: ToString>(list: impl IntoIterator<Item = T>) -> String {
@@ -205,6 +241,20 @@ pub(crate) fn check(bridge: &str, spec: &karst_model::network::BridgeSpec) -> Re
     if let Some(wrong) = spec.search.iter().find(|d| !d.split('.').all(label)) {
         return Err(Error::invalid("config.dns.search", format!("{wrong:?} is not a DNS domain")));
     }
+    // Written out and read again: what does not come back the same would be something else to dnsmasq.
+    let names = &spec.names;
+    let list = |all: Vec<String>, between: &str| Some(all.join(between)).filter(|v| !v.is_empty());
+    let values = [
+        ("dns.hosts", list(names.hosts.iter().map(DnsHost::entry).collect(), ",")),
+        ("dns.txt", list(names.texts.iter().map(DnsText::entry).collect(), "\n")),
+        ("dns.srv", list(names.services.iter().map(DnsService::entry).collect(), ",")),
+        ("dns.forwarders", list(names.forwarders.iter().map(DnsForwarder::entry).collect(), ",")),
+        ("ipv4.dhcp.hosts", list(names.reserved.iter().map(ReservedHost::entry).collect(), ",")),
+    ];
+    let get = |key: &str| values.iter().find(|(k, _)| *k == key).and_then(|(_, v)| v.as_deref());
+    if NetworkNames::parse(&get, !names.beyond, names.plain)? != *names {
+        return Err(Error::invalid("config.dns.hosts", "a record of the network's DNS is not one"));
+    }
     if !spec.domain.split('.').all(label) {
         return Err(Error::invalid("config.dns.domain", format!("{:?} is not a DNS domain", spec.domain)));
     }
@@ -312,6 +362,22 @@ pub(crate) fn dns_hosts(domain: &str, hosts: &[NetworkHost]) -> String {
     text
 }
 
+/// Further hosts of a network, in the same file. One without a domain is in the network's too.
+pub(crate) fn more_hosts(spec: &BridgeSpec) -> String {
+    let mut text = String::new();
+    for host in &spec.names.hosts {
+        let _ = write!(text, "{}", host.address);
+        for name in &host.names {
+            if !name.contains('.') {
+                let _ = write!(text, " {name}.{}", spec.domain);
+            }
+            let _ = write!(text, " {name}");
+        }
+        text.push('\n');
+    }
+    text
+}
+
 /// Does `resolv.conf` name a server that is not `own`?
 pub(crate) fn has_upstream(resolv_conf: &str, own: Option<Ipv4Addr>) -> bool {
     nameservers(resolv_conf).any(|s| own.is_none_or(|o| s != IpAddr::V4(o)))
@@ -397,6 +463,61 @@ mod tests {
         assert!(!text.contains("dhcp") && !text.contains("no-resolv"), "{text}");
         r.spec.ipv4 = None;
         assert!(dnsmasq(&r, &context, None).is_none());
+    }
+
+    #[test]
+    fn records_of_names() {
+        let paths = Paths("/p".into());
+        let (daemon, user, group) = ("ab12cd", "dnsmasq", "nogroup");
+        let context = DnsmasqContext { daemon, paths: &paths, user, group, link: 7, upstream: true };
+        let all: Vec<(&str, &str)> = vec![
+            ("dns.hosts", "10.1.2.5 www a.example,fd00::5 six"),
+            ("dns.txt", "spf v=spf1 a, b \"c\\\nother x"),
+            ("dns.srv", "ldap tcp example.org ldap.example.org 389 10 5,sip udp,xmpp tcp - chat.example.org"),
+            ("dns.forwarders", "192.0.2.53,example.org=192.0.2.54,host.example="),
+        ];
+        let get = |key: &str| all.iter().find(|(k, _)| *k == key).map(|(_, v)| *v);
+        let mut r = record(1, "karstbr0", Some("10.1.2.1/24"));
+        r.spec.names = NetworkNames::parse(&get, false, Some(true)).unwrap();
+        check("br0", &r.spec).unwrap();
+        let text = dnsmasq(&r, &context, Some(30_053)).unwrap();
+        let from = text.find("domain=").unwrap();
+        insta::assert_snapshot!(&text[from..], @r#"
+        domain=karst
+        interface-name=_gateway.karst,karstbr0
+        server=192.0.2.53
+        server=/example.org/192.0.2.54
+        server=/host.example/#
+        txt-record=spf,"v=spf1 a, b \"c\\"
+        txt-record=other,"x"
+        srv-host=_ldap._tcp.example.org,ldap.example.org,389,10,5
+        srv-host=_sip._udp
+        srv-host=_xmpp._tcp,chat.example.org,1,0,0
+        rev-server=10.1.2.0/24
+        no-resolv
+        port=30053
+        "#);
+        insta::assert_snapshot!(more_hosts(&r.spec), @r"
+        10.1.2.5 www.karst www a.example
+        fd00::5 six.karst six
+        ");
+        r.spec.names.plain = Some(false);
+        assert!(dnsmasq(&r, &context, None).unwrap().contains("\ndomain-needed\nlocal=//\n"));
+        // What did not come from a key is looked at again.
+        for wrong in ["a b", "a\nserver=192.0.2.1", "a/b", ""] {
+            let mut spec = r.spec.clone();
+            spec.names.hosts[0].names = vec![wrong.into()];
+            assert!(check("br0", &spec).is_err(), "{wrong:?}");
+            let mut spec = r.spec.clone();
+            spec.names.texts[1].value = format!("x\n{wrong}");
+            assert!(check("br0", &spec).is_err(), "{wrong:?}");
+            let mut spec = r.spec.clone();
+            spec.names.services[0].target = Some(wrong.into());
+            assert!(check("br0", &spec).is_err(), "{wrong:?}");
+            let mut spec = r.spec.clone();
+            spec.names.forwarders[1].domain = Some(wrong.into());
+            assert!(check("br0", &spec).is_err(), "{wrong:?}");
+        }
     }
 
     #[test]

@@ -22,6 +22,7 @@ use karst_model::{
     spec::GuestSpec,
     uplink::{NetworkForm, NetworkKind},
 };
+use std::collections::BTreeSet;
 
 /// New configurations of a network's sides; `None` stays as it is.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -47,7 +48,7 @@ pub(super) async fn put(cx: &StepContext, node: NodeId, network: &Network) -> Re
     }
     let spec = {
         let records = cx.engine.inventory.read();
-        let hosts = cx.engine.network_spec(&records, network.id)?.hosts;
+        let hosts = cx.engine.hosts_on(&records, network, &BTreeSet::new());
         cx.engine.network_spec_of(&records, network, hosts)?
     };
     cx.agent(node)?.network_ensure(&cx.mutate(super::CALL), spec).await
@@ -122,7 +123,13 @@ impl EngineInner {
             demand_free_subnet(records, after.project, &spec, Some(row.id))?;
             firewall::check_policy(records, tx, after.project, spec.policy.as_ref(), "config.security.acls")?;
             if after.kind == NetworkKind::Bridge {
-                let mut now = self.network_spec(records, row.id)?;
+                // Guests alone: what the network keeps for others changes with it.
+                let mut plain = row.value.clone();
+                for config in [Some(&mut plain.config), plain.life.running.as_mut()].into_iter().flatten() {
+                    config.remove("ipv4.dhcp.hosts");
+                }
+                let hosts = self.hosts_on(records, &plain, &BTreeSet::new());
+                let mut now = self.network_spec_of(records, &plain, hosts)?;
                 unname_guests(records, context, now.hosts.iter_mut());
                 demand_fitting(&now, &spec)?;
             }

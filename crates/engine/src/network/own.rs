@@ -23,12 +23,18 @@ const OF_TENANTS: &[&str] = &[
     "bridge.driver",
     "bridge.mtu",
     "dns.domain",
+    "dns.hosts",
+    "dns.local",
     "dns.mode",
     "dns.nameservers",
+    "dns.plain",
     "dns.search",
+    "dns.srv",
+    "dns.txt",
     "ipv4.dhcp",
     "ipv4.dhcp.expiry",
     "ipv4.dhcp.gateway",
+    "ipv4.dhcp.hosts",
     "ipv4.dhcp.ranges",
     "ipv4.dhcp.routes",
     "ipv4.firewall",
@@ -264,9 +270,14 @@ mod tests {
             let known = karst_model::network::BRIDGE_KEYS.iter().any(|(k, _)| k == key);
             assert!(known, "{key}");
         }
-        for beyond in
-            ["raw.dnsmasq", "bridge.external_interfaces", "ipv4.routes", "ipv6.routes", "ipv4.nat.address"]
-        {
+        for beyond in [
+            "raw.dnsmasq",
+            "dns.forwarders",
+            "bridge.external_interfaces",
+            "ipv4.routes",
+            "ipv6.routes",
+            "ipv4.nat.address",
+        ] {
             assert!(!OF_TENANTS.contains(&beyond), "{beyond}");
         }
     }

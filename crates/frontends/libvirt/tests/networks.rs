@@ -86,9 +86,12 @@ async fn a_network_is_its_document() {
     assert!(update(&mut client, &n1, 3, 5, range).await.unwrap_err().1.contains("existing dhcp range"));
     update(&mut client, &n1, 2, 5, range).await.unwrap();
     assert!(!dump(&mut client, &n1).await.contains(range));
-    for (command, section, code) in
-        [(2, 5, Code::OperationInvalid), (3, 10, Code::OperationUnsupported), (9, 5, Code::InvalidArg)]
-    {
+    for (command, section, code) in [
+        (2, 5, Code::OperationInvalid),
+        (3, 6, Code::OperationUnsupported),
+        (3, 10, Code::XmlError),
+        (9, 5, Code::InvalidArg),
+    ] {
         assert_eq!(update(&mut client, &n1, command, section, range).await.unwrap_err().0, code as i32);
     }
     // Stopped and removed.
@@ -125,9 +128,30 @@ async fn addresses_are_reserved_for_interfaces_that_are_there() {
     // The document without it gives it back.
     define(&mut client, &shown.replace(&host(51), "")).await.unwrap();
     assert!(!dump(&mut client, &network).await.contains("<host"));
-    let nobody = "<host mac='52:54:00:00:00:99' ip='10.0.0.9'/>";
+    // One that nobody has yet is the network's own.
+    let nobody = "<host mac='52:54:00:00:00:99' ip='192.0.2.9'/>";
     let refused = update(&mut client, &network, 3, 4, nobody).await.unwrap_err();
-    assert_eq!(refused.0, Code::ConfigUnsupported as i32);
+    assert!(refused.0 == Code::InvalidArg as i32 && refused.1.contains("ipv4.dhcp.hosts"), "{refused:?}");
+    let kept = |n: u8| format!("<host mac='52:54:00:00:00:99' name='later' ip='{a}.{b}.{c}.{n}'/>");
+    update(&mut client, &network, 3, 4, &kept(60)).await.unwrap();
+    assert!(
+        update(&mut client, &network, 3, 4, &kept(61)).await.unwrap_err().1.contains("existing dhcp host")
+    );
+    update(&mut client, &network, 1, 4, &kept(61)).await.unwrap();
+    let shown = dump(&mut client, &network).await;
+    assert!(shown.contains(&kept(61)) && !shown.contains(&kept(60)), "{shown}");
+    let id = server.engine.network(&admin, "default", &name).unwrap().id;
+    let told = server.host.network_hosts(id);
+    assert!(told.iter().any(|h| h.mac == "52:54:00:00:00:99" && h.hostname == "later"), "{told:?}");
+    update(&mut client, &network, 2, 4, "<host name='later'/>").await.unwrap();
+    assert!(!dump(&mut client, &network).await.contains("later"));
+    assert!(
+        update(&mut client, &network, 2, 4, "<host name='later'/>")
+            .await
+            .unwrap_err()
+            .1
+            .contains("couldn't locate a matching")
+    );
     // Its port.
     let rest = argument(|w| {
         w.i32(1).u32(0);
@@ -153,4 +177,64 @@ async fn addresses_are_reserved_for_interfaces_that_are_there() {
         }),
     ];
     assert_eq!(client.call(405, &unknown.concat()).await.unwrap_err().0, Code::NoNetworkPort as i32);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn names_are_answered_as_they_are_said() {
+    let server = Server::start().await;
+    let mut client = server.open("full", "qemu:///system").await;
+    let inner = "<domain name='lan.test'/><dns><forwarder domain='example.org' addr='192.0.2.54'/>\
+        <txt name='spf' value='v=spf1 -all'/><srv service='ldap' protocol='tcp' target='ldap.example.org' port='389'/>\
+        <host ip='10.99.8.5'><hostname>www</hostname></host></dns><ip address='10.99.8.1' prefix='24'/>";
+    let n1 = define(&mut client, &document(inner)).await.unwrap();
+    let shown = dump(&mut client, &n1).await;
+    for part in [
+        "<domain name='lan.test'/>",
+        "<forwarder domain='example.org' addr='192.0.2.54'/>",
+        "<txt name='spf' value='v=spf1 -all'/>",
+        "<srv service='ldap' protocol='tcp' target='ldap.example.org' port='389'/>",
+        "<host ip='10.99.8.5'>",
+        "<hostname>www</hostname>",
+    ] {
+        assert!(shown.contains(part), "{part}: {shown}");
+    }
+    define(&mut client, &shown).await.unwrap();
+    assert_eq!(dump(&mut client, &n1).await, shown, "its own document changes nothing");
+    client.call(39, &n1).await.unwrap();
+    let (host, txt, srv) = (10, 11, 12);
+    let two = "<host ip='10.99.8.6'><hostname>www</hostname></host>";
+    update(&mut client, &n1, 3, host, two).await.unwrap();
+    update(&mut client, &n1, 3, txt, "<txt name='b' value='c'/>").await.unwrap();
+    update(&mut client, &n1, 4, srv, "<srv service='sip' protocol='udp'/>").await.unwrap();
+    let shown = dump(&mut client, &n1).await;
+    for part in ["<host ip='10.99.8.6'>", "<txt name='b' value='c'/>", "<srv service='sip' protocol='udp'/>"]
+    {
+        assert!(shown.contains(part), "{part}: {shown}");
+    }
+    let admin = Context::new(Principal::system());
+    let id = server.engine.network(&admin, "default", "n1").unwrap().id;
+    let names = server.host.network_spec(id).unwrap().spec.names;
+    assert_eq!((names.hosts.len(), names.texts.len(), names.services[0].service.as_str()), (2, 2, "sip"));
+    assert!(names.beyond, "localOnly is not said");
+    let invalid = Code::OperationInvalid as i32;
+    for (command, section, xml, code, says) in [
+        (3, host, two, invalid, "already at least one DNS HOST record"),
+        (2, host, "<host><hostname>www</hostname></host>", invalid, "multiple matching DNS HOST records"),
+        (2, host, "<host ip='10.99.8.7'/>", invalid, "couldn't locate a matching DNS HOST"),
+        (1, host, two, Code::OperationUnsupported as i32, "cannot be modified, only added or deleted"),
+        (3, host, "<txt name='x' value='y'/>", Code::XmlError as i32, "expecting <host>"),
+        (3, txt, "<txt name='b' value='d'/>", invalid, "already a DNS TXT record with name 'b'"),
+        (2, txt, "<txt name='x'/>", invalid, "couldn't locate a matching DNS TXT"),
+        (3, txt, "<txt name='x' value='a&#10;dhcp-script=/x'/>", Code::XmlError as i32, "characters"),
+        (3, srv, "<srv service='sip' protocol='udp'/>", invalid, "already at least one DNS SRV record"),
+        (2, srv, "<srv service='x' protocol='udp'/>", invalid, "couldn't locate a matching DNS SRV"),
+    ] {
+        let refused = update(&mut client, &n1, command, section, xml).await.unwrap_err();
+        assert!(refused.0 == code && refused.1.contains(says), "{xml}: {refused:?}");
+    }
+    update(&mut client, &n1, 2, host, "<host ip='10.99.8.6'/>").await.unwrap();
+    update(&mut client, &n1, 2, txt, "<txt name='b'/>").await.unwrap();
+    update(&mut client, &n1, 2, srv, "<srv protocol='udp'/>").await.unwrap();
+    let names = server.host.network_spec(id).unwrap().spec.names;
+    assert_eq!((names.hosts.len(), names.texts.len(), names.services.len()), (1, 1, 1));
 }

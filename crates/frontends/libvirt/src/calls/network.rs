@@ -184,8 +184,12 @@ pub async fn leases(call: Call) -> Answered {
         all.retain(|l| l.mac.eq_ignore_ascii_case(&mac));
     }
     listed(all, need_results, |w, lease| {
-        // When it ends is not told here: 0 is what libvirt says of one that never does.
-        w.string(&network.name).i64(0).i32(i32::from(lease.address.is_ipv6())).optional(Some(&lease.mac));
+        // 0 is what libvirt says of one that never ends.
+        let expires = lease.expires.unwrap_or_default();
+        w.string(&network.name)
+            .i64(expires)
+            .i32(i32::from(lease.address.is_ipv6()))
+            .optional(Some(&lease.mac));
         w.optional(None).string(&lease.address.to_string()).u32(u32::from(prefixes.of(lease.address)));
         w.optional(Some(lease.hostname.as_str()).filter(|h| !h.is_empty())).optional(None);
     })

@@ -4,7 +4,7 @@
 use super::{
     Answered, Named,
     network::{find_uuid, guests},
-    networks::{failed, key_of, nic, reserve},
+    networks::{KEPT, failed, kept_entry, key_of, nic, reserve},
     nothing,
     power::ended,
 };
@@ -13,12 +13,19 @@ use crate::{
     session::Call,
     xml::{
         Element,
-        network::{hosts_of, read},
+        network::{
+            dns, hosts_of,
+            read::{self, Host},
+        },
         read::document,
     },
 };
 use karst_engine::network::life::NetworkSides;
-use karst_model::{Config, network::Network};
+use karst_model::{
+    Config,
+    network::Network,
+    network_names::{DnsHost, DnsService, DnsText, ReservedHost},
+};
 
 /// `virNetworkUpdateCommand`
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -105,17 +112,21 @@ pub async fn update(call: Call) -> Answered {
     let element = document(&xml)?;
     let part = Part { network: &network, command, element: &element };
     let name = SECTIONS.get(section as usize).copied().unwrap_or_default();
-    if name == "ip-dhcp-host" {
-        update_host(&call, &part).await?;
+    if name == "ip-dhcp-host" && update_own_host(&call, &part).await? {
         return Ok(nothing());
     }
     let change: fn(&Part<'_>, &Config) -> Result<Config, VirError> = match name {
+        "ip-dhcp-host" => dhcp_host,
         "ip-dhcp-range" => range,
+        "dns-host" => dns_host,
+        "dns-srv" => dns_service,
+        "dns-txt" => dns_text,
         "bridge" | "domain" | "ip" | "forward" | "forward-pf" => {
+            let name = name.replace('-', " ");
             let text = format!("can't update '{name}' section of network '{}'", &*network.name);
             return Err(failed(Code::OperationUnsupported, text));
         }
-        "forward-interface" | "portgroup" | "dns-host" | "dns-txt" | "dns-srv" => {
+        "forward-interface" | "portgroup" => {
             let text = format!("'{name}' of a network changes by its definition (net-define, net-edit)");
             return Err(failed(Code::OperationUnsupported, text));
         }
@@ -138,32 +149,198 @@ pub async fn update(call: Call) -> Answered {
     Ok(nothing())
 }
 
-/// A reserved address, which is of both sides at once.
-async fn update_host(call: &Call, part: &Part<'_>) -> Result<(), VirError> {
-    let host = read::host(part.element)?;
+/// A reserved address that an interface has by itself, or is to have, which is of both sides at once. Answers whether it was one.
+async fn update_own_host(call: &Call, part: &Part<'_>) -> Result<bool, VirError> {
+    let said = read::host_like(part.element)?;
     let name = &*part.network.name;
     let now = hosts_of(&guests(call)?, name);
-    let there = now.iter().find(|h| h.mac == host.mac && key_of(h) == key_of(&host));
-    match (part.command, there) {
-        (Command::Modify, None) => {
-            return Err(invalid(format!(
-                "couldn't locate an existing dhcp host entry with \"mac='{}'\" in network '{name}'",
-                host.mac
-            )));
-        }
-        (Command::Delete, None) => {
-            return Err(invalid(format!("couldn't locate a matching dhcp host entry in network '{name}'")));
-        }
-        (Command::AddLast | Command::AddFirst, Some(there)) => {
-            return Err(invalid(format!(
-                "there is an existing dhcp host entry in network '{name}' that matches \"<host mac='{}' ip='{}'/>\"",
-                there.mac, there.address
-            )));
-        }
+    if part.command == Command::Delete {
+        let Some(there) = now.iter().find(|h| said.is(h)) else { return Ok(false) };
+        reserve(call, nic(call, name, &there.mac)?, key_of(there), None).await?;
+        return Ok(true);
+    }
+    let host = read::host(part.element)?;
+    let there = now.iter().find(|h| said.touches(h));
+    match part.command {
+        Command::Modify if there.is_none() => return Ok(false),
+        Command::Modify => {}
+        _ if there.is_some() => return Err(there_already(part, &host)),
+        _ if host.address.is_ipv4() && nic(call, name, &host.mac).is_err() => return Ok(false),
         _ => {}
     }
-    let address = (part.command != Command::Delete).then(|| host.address.to_string());
-    reserve(call, nic(call, name, &host.mac)?, key_of(&host), address).await
+    let (at, address) = (nic(call, name, &host.mac)?, host.address.to_string());
+    reserve(call, at, key_of(&host), Some(address)).await?;
+    Ok(true)
+}
+
+fn there_already(part: &Part<'_>, host: &Host) -> VirError {
+    let (network, name) = (&*part.network.name, host.name.as_deref().unwrap_or("(null)"));
+    invalid(format!(
+        "there is an existing dhcp host entry in network '{network}' that matches \"<host mac='{}' name='{name}' ip='{}'/>\"",
+        host.mac, host.address
+    ))
+}
+
+/// An address that is kept for a MAC address.
+fn dhcp_host(part: &Part<'_>, config: &Config) -> Result<Config, VirError> {
+    let said = read::host_like(part.element)?;
+    let network = &*part.network.name;
+    let like = |kept: &ReservedHost| Host {
+        mac: kept.mac.clone(),
+        name: kept.name.clone(),
+        address: kept.address.into(),
+    };
+    let mut all: Vec<Host> = dns::names(config)?.reserved.iter().map(like).collect();
+    match part.command {
+        Command::Delete => {
+            let missing =
+                || invalid(format!("couldn't locate a matching dhcp host entry in network '{network}'"));
+            let at = all.iter().position(|h| said.is(h)).ok_or_else(missing)?;
+            all.remove(at);
+        }
+        Command::Modify => {
+            let host = read::host(part.element)?;
+            let missing = || {
+                invalid(format!(
+                    "couldn't locate an existing dhcp host entry with \"mac='{}'\" \"name='{}'\" \"ip='{}'\" in network \
+                     '{network}'",
+                    host.mac,
+                    host.name.as_deref().unwrap_or("(null)"),
+                    host.address
+                ))
+            };
+            let at = all.iter().position(|h| said.touches(h)).ok_or_else(missing)?;
+            all[at] = host;
+        }
+        command => {
+            let host = read::host(part.element)?;
+            if all.iter().any(|h| said.touches(h)) {
+                return Err(there_already(part, &host));
+            }
+            command.put(&mut all, host);
+        }
+    }
+    let entries: Vec<String> = all.iter().map(kept_entry).collect::<Result<_, _>>()?;
+    Ok(with_entries(config, KEPT, &entries, ","))
+}
+
+/// A record of DNS is added or removed whole.
+fn not_modified(part: &Part<'_>, what: &str) -> Result<(), VirError> {
+    if part.command != Command::Modify {
+        return Ok(());
+    }
+    let text = format!("DNS {what} records cannot be modified, only added or deleted");
+    Err(failed(Code::OperationUnsupported, text))
+}
+
+/// Takes the one entry that is meant out of a list.
+fn take_one(all: &mut Vec<String>, found: &[usize], none: String, many: String) -> Result<(), VirError> {
+    match found {
+        [] => Err(invalid(none)),
+        [at] => {
+            all.remove(*at);
+            Ok(())
+        }
+        _ => Err(invalid(many)),
+    }
+}
+
+fn of_element(part: &Part<'_>, wanted: &str) -> Result<(), VirError> {
+    match part.element.name() {
+        found if found == wanted => Ok(()),
+        found => Err(VirError::new(
+            Code::XmlError,
+            crate::error::Part::Network,
+            format!(
+                "unexpected element <{found}>, expecting <{wanted}>, while searching for \
+                     section to update in network '{}'",
+                &*part.network.name
+            ),
+        )),
+    }
+}
+
+/// Where `is` holds.
+fn places<T>(all: &[T], is: impl Fn(&T) -> bool) -> Vec<usize> {
+    all.iter().enumerate().filter(|(_, one)| is(one)).map(|(at, _)| at).collect()
+}
+
+fn dns_host(part: &Part<'_>, config: &Config) -> Result<Config, VirError> {
+    not_modified(part, "HOST")?;
+    of_element(part, "host")?;
+    let network = &*part.network.name;
+    let (address, names) = dns::host(part.element, part.command == Command::Delete)?;
+    let now = dns::names(config)?.hosts;
+    let mut all: Vec<String> = now.iter().map(DnsHost::entry).collect();
+    // Several addresses of one name are several records; two records of one address are not.
+    let adds = part.command != Command::Delete;
+    let found =
+        places(&now, |h| Some(h.address) == address || !adds && h.names.iter().any(|n| names.contains(n)));
+    if !adds {
+        let none = format!("couldn't locate a matching DNS HOST record in network {network}");
+        let many = format!("multiple matching DNS HOST records were found in network {network}");
+        take_one(&mut all, &found, none, many)?;
+    } else if found.is_empty() {
+        part.command.put(&mut all, dns::host_entry(part.element)?);
+    } else {
+        let text = format!(
+            "there is already at least one DNS HOST record with a matching field in network {network}"
+        );
+        return Err(invalid(text));
+    }
+    Ok(with_entries(config, "dns.hosts", &all, ","))
+}
+
+fn dns_service(part: &Part<'_>, config: &Config) -> Result<Config, VirError> {
+    not_modified(part, "SRV")?;
+    of_element(part, "srv")?;
+    let network = &*part.network.name;
+    let adds = part.command != Command::Delete;
+    let (service, protocol, like) = dns::service(part.element, !adds)?;
+    let now = dns::names(config)?.services;
+    let mut all: Vec<String> = now.iter().map(DnsService::entry).collect();
+    let found = places(&now, |s| {
+        service.as_ref().is_none_or(|w| *w == s.service)
+            && protocol.as_ref().is_none_or(|w| *w == s.protocol)
+            && (like.domain.is_none() || like.domain == s.domain)
+            && (like.target.is_none() || like.target == s.target)
+    });
+    if !adds {
+        let none = format!("couldn't locate a matching DNS SRV record in network {network}");
+        let many =
+            format!("multiple DNS SRV records matching all specified fields were found in network {network}");
+        take_one(&mut all, &found, none, many)?;
+    } else if found.is_empty() {
+        part.command.put(&mut all, dns::service_entry(part.element)?);
+    } else {
+        let text = format!(
+            "there is already at least one DNS SRV record matching all specified fields in network {network}"
+        );
+        return Err(invalid(text));
+    }
+    Ok(with_entries(config, "dns.srv", &all, ","))
+}
+
+fn dns_text(part: &Part<'_>, config: &Config) -> Result<Config, VirError> {
+    not_modified(part, "TXT")?;
+    of_element(part, "txt")?;
+    let network = &*part.network.name;
+    let name = part.element.attribute("name").unwrap_or_default();
+    let now = dns::names(config)?.texts;
+    let mut all: Vec<String> = now.iter().map(DnsText::entry).collect();
+    let there = now.iter().position(|t| t.name == name);
+    match (part.command, there) {
+        (Command::Delete, Some(at)) => drop(all.remove(at)),
+        (Command::Delete, None) => {
+            return Err(invalid(format!("couldn't locate a matching DNS TXT record in network {network}")));
+        }
+        (_, Some(_)) => {
+            let text = format!("there is already a DNS TXT record with name '{name}' in network {network}");
+            return Err(invalid(text));
+        }
+        (command, None) => command.put(&mut all, dns::text_entry(part.element)?),
+    }
+    Ok(with_entries(config, "dns.txt", &all, "\n"))
 }
 
 /// Entries of a key that is a list with commas.

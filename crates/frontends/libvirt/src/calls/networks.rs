@@ -18,7 +18,7 @@ use crate::{
         Element,
         machine::refuse,
         network::{
-            UUID, hosts_of,
+            UUID, dns, hosts_of,
             read::{self, Host, NewNetwork},
         },
     },
@@ -28,8 +28,11 @@ use karst_engine::{
     compute::update::UpdateInstance,
     network::{CreateNetwork, UpdateNetwork},
 };
-use karst_model::{Config, network::Network, network_life::NetworkBeginning, uplink::NetworkKind};
-use std::sync::Arc;
+use karst_model::{
+    Config, network::Network, network_life::NetworkBeginning, network_names::NetworkNames,
+    uplink::NetworkKind,
+};
+use std::{net::IpAddr, sync::Arc};
 use uuid::Uuid;
 
 pub(super) fn failed(code: Code, text: impl Into<String>) -> VirError {
@@ -117,13 +120,56 @@ fn said_anew(there: &Network, new: &NewNetwork) -> Result<Config, VirError> {
     Ok(config)
 }
 
-async fn create_new(call: &Call, new: NewNetwork, beginning: NetworkBeginning) -> Answered {
+/// Splits reserved addresses: those that interfaces have by themselves stay theirs, the others become a key of the network, for
+/// whoever comes with the MAC address. Answers the former.
+fn keep_hosts(call: &Call, new: &mut NewNetwork) -> Result<Vec<Host>, VirError> {
+    let now = hosts_of(&super::network::guests(call)?, &new.name);
+    // An interface that is there has its address by itself, so that other clients see it there.
+    let theirs = |h: &Host| {
+        now.iter().any(|o| o.mac == h.mac && key_of(o) == key_of(h)) || nic(call, &new.name, &h.mac).is_ok()
+    };
+    let all = new.hosts.clone();
+    let (own, kept): (Vec<Host>, Vec<Host>) = all.into_iter().partition(|h| h.address.is_ipv6() || theirs(h));
+    let kept: Vec<String> = kept.iter().map(kept_entry).collect::<Result<_, _>>()?;
+    if !kept.is_empty() {
+        new.config.insert(KEPT.into(), kept.join(","));
+    }
+    Ok(own)
+}
+
+/// The key of addresses that are kept for MAC addresses.
+pub(super) const KEPT: &str = "ipv4.dhcp.hosts";
+
+/// An entry of that key.
+pub(super) fn kept_entry(host: &Host) -> Result<String, VirError> {
+    let IpAddr::V4(address) = host.address else {
+        return Err(refuse("host", "IPv6 addresses are reserved for interfaces that are there"));
+    };
+    let name = host.name.as_ref().map(|n| format!(" {n}")).unwrap_or_default();
+    let entry = format!("{} {address}{name}", host.mac);
+    let config = Config::from([(KEPT.to_owned(), entry.clone())]);
+    let same = |names: &NetworkNames| names.reserved.len() == 1 && names.reserved[0].entry() == entry;
+    match dns::names(&config) {
+        Ok(names) if same(&names) => Ok(entry),
+        _ => Err(VirError::new(
+            Code::XmlError,
+            Part::Network,
+            format!(
+                "Cannot use MAC address '{}' or host name '{}'",
+                host.mac,
+                host.name.as_deref().unwrap_or_default()
+            ),
+        )),
+    }
+}
+
+async fn create_new(call: &Call, mut new: NewNetwork, beginning: NetworkBeginning) -> Answered {
     if let Some(other) = new.uuid.and_then(|u| find_uuid(call, u).ok()) {
         let uuid = network_uuid(&other);
         let text = format!("network '{}' is already defined with uuid {uuid}", &*other.name);
         return Err(failed(Code::OperationFailed, text));
     }
-    if let Some(host) = new.hosts.first() {
+    if let Some(host) = keep_hosts(call, &mut new)?.first() {
         nic(call, &new.name, &host.mac)?;
     }
     let session = &call.session;
@@ -144,10 +190,11 @@ async fn create_new(call: &Call, new: NewNetwork, beginning: NetworkBeginning) -
 async fn define_text(call: &Call, text: &str) -> Answered {
     let known = all(call)?;
     let bridge_of = |name: &str| known.iter().find(|n| *n.name == *name).map(|n| n.interface().to_owned());
-    let new: NewNetwork = read::network_again(text, &bridge_of)?;
+    let mut new: NewNetwork = read::network_again(text, &bridge_of)?;
     let Some(there) = known.into_iter().find(|n| *n.name == *new.name) else {
         return create_new(call, new, NetworkBeginning::Defined).await;
     };
+    let hosts = keep_hosts(call, &mut new)?;
     let uuid = network_uuid(&there);
     if new.uuid != Some(uuid) {
         let text = format!("network '{}' already exists with uuid {uuid}", new.name);
@@ -160,7 +207,7 @@ async fn define_text(call: &Call, text: &str) -> Answered {
         UpdateNetwork { description: new.description, config, if_version: Some(there.spec_version) };
     let project = &call.opened()?.project;
     ended(engine.network_define(context, project, &there.name, request).await?).await?;
-    reserve_all(call, &new.name, &new.hosts).await?;
+    reserve_all(call, &new.name, &hosts).await?;
     one(&*find(call, &new.name)?)
 }
 
@@ -182,7 +229,7 @@ pub async fn define_flags(call: Call) -> Answered {
 async fn create_text(call: &Call, text: &str) -> Answered {
     let known = all(call)?;
     let bridge_of = |name: &str| known.iter().find(|n| *n.name == *name).map(|n| n.interface().to_owned());
-    let new: NewNetwork = read::network_again(text, &bridge_of)?;
+    let mut new: NewNetwork = read::network_again(text, &bridge_of)?;
     let session = &call.session;
     let (engine, context, project) = (&session.front.engine, &session.context, &call.opened()?.project);
     let Some(there) = known.into_iter().find(|n| *n.name == *new.name) else {
@@ -199,6 +246,7 @@ async fn create_text(call: &Call, text: &str) -> Answered {
         let text = format!("network is already active as '{}'", new.name);
         return Err(failed(Code::OperationInvalid, text));
     }
+    keep_hosts(call, &mut new)?;
     let config = said_anew(&there, &new)?;
     ended(engine.network_start_as(context, project, &new.name, &config).await?).await?;
     one(&*find(call, &new.name)?)

@@ -1,5 +1,6 @@
 //! Networks as XML.
 
+pub mod dns;
 pub mod read;
 
 use super::Element;
@@ -25,7 +26,7 @@ pub fn hosts_of(guests: &[Arc<InstanceView>], network: &str) -> Vec<read::Host> 
             for key in ["ipv4.address", "ipv6.address"] {
                 // "none" is no address.
                 let address: Option<IpAddr> = keys.get(key).and_then(|a| a.parse().ok());
-                all.extend(address.map(|address| read::Host { mac: mac.clone(), address }));
+                all.extend(address.map(|address| read::Host { mac: mac.clone(), name: None, address }));
             }
         }
     }
@@ -94,15 +95,26 @@ pub fn document_of(network: &Network, guests: &[Arc<InstanceView>], side: Side) 
         e.push(Element::new("mac").with("address", mac));
     }
     if !spec.domain.is_empty() {
-        e.push(Element::new("domain").with("name", &spec.domain).with("localOnly", "yes"));
+        let local = (!spec.names.beyond).then_some("yes");
+        e.push(Element::new("domain").with("name", &spec.domain).with_some("localOnly", local));
     }
-    if spec.dns_mode == karst_model::network::DnsMode::None {
-        e.push(Element::new("dns").with("enable", "no"));
+    e.push_some(dns::written(&spec));
+    let mut hosts = hosts_of(guests, &network.name);
+    for kept in &spec.names.reserved {
+        if !hosts.iter().any(|h| h.mac == kept.mac && h.address == kept.address) {
+            hosts.push(read::Host {
+                mac: kept.mac.clone(),
+                name: kept.name.clone(),
+                address: kept.address.into(),
+            });
+        }
     }
-    let hosts = hosts_of(guests, &network.name);
     let reserved = |v4: bool| {
         let hosts = hosts.iter().filter(move |h| h.address.is_ipv4() == v4);
-        hosts.map(|h| Element::new("host").with("mac", &h.mac).with("ip", h.address))
+        hosts.map(|h| {
+            let e = Element::new("host").with("mac", &h.mac).with_some("name", h.name.as_ref());
+            e.with("ip", h.address)
+        })
     };
     if let Some(net) = spec.ipv4 {
         let mut ip = Element::new("ip").with("address", net.addr()).with("netmask", net.netmask());

@@ -18,9 +18,16 @@ const SAID: &[&str] = &[
     "bridge.hwaddr",
     "bridge.mtu",
     "dns.domain",
+    "dns.forwarders",
+    "dns.hosts",
+    "dns.local",
     "dns.mode",
+    "dns.plain",
+    "dns.srv",
+    "dns.txt",
     "ipv4.address",
     "ipv4.dhcp",
+    "ipv4.dhcp.hosts",
     "ipv4.dhcp.ranges",
     "ipv4.firewall",
     "ipv4.nat",
@@ -64,8 +71,38 @@ pub struct NewNetwork {
 pub struct Host {
     /// MAC address, lower case.
     pub mac: String,
+    /// Name.
+    pub name: Option<String>,
     /// Address.
     pub address: IpAddr,
+}
+
+/// What is said of such a host, to find one.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct HostLike {
+    /// MAC address, lower case.
+    pub mac: Option<String>,
+    /// Name.
+    pub name: Option<String>,
+    /// Address.
+    pub address: Option<IpAddr>,
+}
+
+impl HostLike {
+    /// All that is said is so of `host`.
+    pub fn is(&self, host: &Host) -> bool {
+        self.mac.as_ref().is_none_or(|m| *m == host.mac)
+            && (self.name.is_none() || self.name == host.name)
+            && self.address.is_none_or(|a| a == host.address)
+    }
+
+    /// Something that is said is so of `host`.
+    pub fn touches(&self, host: &Host) -> bool {
+        self.mac.as_ref() == Some(&host.mac)
+            && self.address.is_none_or(|a| a.is_ipv4() == host.address.is_ipv4())
+            || self.name.is_some() && self.name == host.name
+            || self.address == Some(host.address)
+    }
 }
 
 fn only(e: &Element, known: &[&str]) -> Result<(), VirError> {
@@ -87,19 +124,43 @@ fn address(e: &Element, name: &str) -> Result<IpAddr, VirError> {
     value.parse().map_err(|_| wrong(format!("{name} of <{}> is no address: '{value}'", e.name())))
 }
 
+/// What is said of a host of DHCP.
+///
+/// # Errors
+/// XML error, for what is none; unsupported for what is known by an identifier, or has a lease of its own.
+pub fn host_like(e: &Element) -> Result<HostLike, VirError> {
+    if e.name() != "host" {
+        return Err(wrong(format!("expected <host>, found <{}>", e.name())));
+    }
+    only(e, &[])?;
+    if e.attribute("id").is_some() {
+        return Err(refuse("host id", "addresses are reserved by the MAC address of an interface"));
+    }
+    let address = e.attribute("ip").map(|_| address(e, "ip")).transpose()?;
+    let said = HostLike {
+        mac: e.attribute("mac").map(str::to_ascii_lowercase),
+        name: e.attribute("name").map(str::to_owned),
+        address,
+    };
+    match said.mac.is_none() && said.name.is_none() && said.address.is_none() {
+        true => Err(wrong(
+            "At least one of name, mac, or ip attribute must be specified for static host definition",
+        )),
+        false => Ok(said),
+    }
+}
+
 /// A host of DHCP.
 ///
 /// # Errors
 /// XML error, for what is incomplete; unsupported for hosts without a MAC address.
 pub fn host(e: &Element) -> Result<Host, VirError> {
-    if e.name() != "host" {
-        return Err(wrong(format!("expected <host>, found <{}>", e.name())));
-    }
-    only(e, &[])?;
-    let Some(mac) = e.attribute("mac") else {
+    let HostLike { mac, name, address } = host_like(e)?;
+    let Some(mac) = mac else {
         return Err(refuse("host", "addresses are reserved by the MAC address of an interface"));
     };
-    Ok(Host { mac: mac.to_ascii_lowercase(), address: address(e, "ip")? })
+    let address = address.ok_or_else(|| wrong("Missing IP address in static host definition"))?;
+    Ok(Host { mac, name, address })
 }
 
 /// A range of DHCP as Karst writes it.
@@ -226,18 +287,6 @@ fn subnet(e: &Element, new: &mut NewNetwork) -> Result<(), VirError> {
     Ok(())
 }
 
-fn dns(e: &Element, new: &mut NewNetwork) -> Result<(), VirError> {
-    only(e, &["forwarder", "host", "txt", "srv"])?;
-    if let Some(first) = e.elements().first() {
-        let why = "guests find each other by their own names, and everything else as the host does";
-        return Err(refuse(&format!("dns {}", first.name()), why));
-    }
-    if e.attribute("enable") == Some("no") {
-        new.config.insert("dns.mode".into(), "none".into());
-    }
-    Ok(())
-}
-
 /// Reads the document of a network.
 ///
 /// # Errors
@@ -297,8 +346,16 @@ pub fn network_again(text: &str, bridge_of: &dyn Fn(&str) -> Option<String>) -> 
             "domain" => {
                 let name = child.attribute("name").ok_or_else(|| wrong("domain without a name"))?;
                 new.config.insert("dns.domain".into(), name.to_owned());
+                match child.attribute("localOnly") {
+                    Some("yes") => {}
+                    None | Some("no") => drop(new.config.insert("dns.local".into(), "false".into())),
+                    Some(other) => {
+                        let text = format!("localOnly of <domain> is neither yes nor no: '{other}'");
+                        return Err(wrong(text));
+                    }
+                }
             }
-            "dns" => dns(child, &mut new)?,
+            "dns" => super::dns::read(child, &mut new.config)?,
             "ip" => subnet(child, &mut new)?,
             other => return Err(refuse(other, "networks have none of it here")),
         }
@@ -372,7 +429,7 @@ mod tests {
             ("<forward mode='nat' dev='eth0'/>", "eth0"),
             ("<forward mode='bridge'/><bridge name='br0'/>", "bridge"),
             ("<portgroup name='p'/>", "portgroup"),
-            ("<dns><txt name='a' value='b'/></dns>", "dns txt"),
+            ("<dns><cname/></dns>", "dns cname"),
             ("<ip address='10.0.0.1' prefix='24'><tftp root='/x'/></ip>", "tftp"),
             ("<ip address='10.0.0.1' prefix='24'/><ip address='10.1.0.1' prefix='24'/>", "one subnet"),
         ] {
