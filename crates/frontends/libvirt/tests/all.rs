@@ -15,6 +15,7 @@ mod filesystems;
 mod fuzzed;
 mod graphics;
 mod host;
+mod hostdevs;
 mod memory;
 mod monitor;
 mod network_life;

@@ -6,7 +6,7 @@
 
 pub(super) use super::sides::{CONFIG, LIVE, live};
 use super::{
-    Answered, Named,
+    Answered, Named, cold,
     domain::is_running,
     filesystems, nothing, power::ended,
     sides::{Affects, Edits, Side, affects, asked, edits, write},
@@ -86,7 +86,8 @@ fn documents(
 fn device(text: &str) -> Result<Element, VirError> {
     let e = xml::read::document(text)?;
     match e.name() {
-        "disk" | "interface" | shares::ELEMENT => Ok(e),
+        "disk" | "interface" => Ok(e),
+        _ if cold::is(&e) => Ok(e),
         other => {
             Err(refuse(other, "comes and goes with the definition; disks and interfaces come and go live"))
         }
@@ -94,8 +95,8 @@ fn device(text: &str) -> Result<Element, VirError> {
 }
 
 fn attach_to(machine: &mut Machine, e: &Element) -> Result<(), VirError> {
-    if e.name() == shares::ELEMENT {
-        return filesystems::attach(machine, e);
+    if cold::is(e) {
+        return cold::attach(machine, e);
     }
     if e.name() == "disk" {
         let disk = read::disk_alone(e)?;
@@ -151,8 +152,8 @@ fn nic_of(machine: &Machine, e: &Element) -> Result<usize, VirError> {
 }
 
 fn detach_from(machine: &mut Machine, e: &Element) -> Result<(), VirError> {
-    if e.name() == shares::ELEMENT {
-        return filesystems::detach(machine, e);
+    if cold::is(e) {
+        return cold::detach(machine, e);
     }
     if e.name() == "disk" {
         let target = target_of(e)?;
@@ -172,8 +173,8 @@ fn detach_from(machine: &mut Machine, e: &Element) -> Result<(), VirError> {
 }
 
 fn update_in(machine: &mut Machine, e: &Element) -> Result<(), VirError> {
-    if e.name() == shares::ELEMENT {
-        return filesystems::update();
+    if cold::is(e) {
+        return cold::update(e);
     }
     if e.name() == "disk" {
         let target = target_of(e)?;
@@ -230,8 +231,8 @@ async fn with_device(
     call.known_flags(flags, LIVE | CONFIG | 4)?;
     let view = call.guest(&named)?;
     let e = device(&super::encryption::by_uuid(&call, &text)?)?;
-    if e.name() == shares::ELEMENT {
-        filesystems::demand_cold(affects(&view, flags)?)?;
+    if cold::is(&e) {
+        cold::demand_definition(affects(&view, flags)?, e.name())?;
     }
     change(&call, &view, flags, |_, machine| edit(machine, &e)).await?;
     Ok(nothing())
@@ -281,8 +282,8 @@ pub async fn detach_alias(call: Call) -> Answered {
         let (name, found) = found.ok_or_else(|| missing(format!("no device found with alias {alias}")))?;
         let tag = side.all_devices.get(name).and_then(|keys| shares::tag_of(name, keys, found));
         if let Some(tag) = &tag {
-            filesystems::demand_cold(affects)?;
-            filesystems::forget(machine, tag);
+            cold::demand_definition(affects, shares::ELEMENT)?;
+            cold::forget(machine, tag);
             return Ok(());
         }
         machine.disks.retain(|d| d.slot != found.slot);

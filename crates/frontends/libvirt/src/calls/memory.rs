@@ -91,6 +91,7 @@ fn differs(old: &Machine, new: &Machine, sources: bool) -> Option<String> {
         ("features hyperv", old.hyper_v == new.hyper_v),
         ("tpm", old.tpm == new.tpm),
         ("filesystem", old.filesystems == new.filesystems),
+        ("hostdev", old.given == new.given),
         ("graphics type 'spice'", old.spice == new.spice),
         ("os type machine", fits(&old.machine, &new.machine)),
     ];

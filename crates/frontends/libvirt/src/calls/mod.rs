@@ -2,6 +2,7 @@
 
 pub mod backup;
 pub mod checkpoints;
+mod cold;
 pub mod connect;
 pub mod console;
 pub mod copies;
@@ -12,7 +13,6 @@ pub mod domain;
 mod encryption;
 pub mod event;
 pub mod figures;
-mod filesystems;
 pub mod graphics;
 pub mod host;
 pub mod inside;

@@ -109,7 +109,12 @@ pub fn domain(facts: &HostFacts, kind: &str, machine: &str, most: i32, models: &
         .child(disk)
         .child(supported("graphics", true).child(choices("type", screens)))
         .child(supported("video", true).child(choices("modelType", cards)))
-        .child(supported("hostdev", false))
+        .child(
+            supported("hostdev", true)
+                .child(choices("mode", &["subsystem"]))
+                .child(choices("startupPolicy", &["default", "mandatory", "requisite", "optional"]))
+                .child(choices("subsysType", &["usb"])),
+        )
         .child(rng)
         .child(supported("filesystem", true).child(choices("driverType", directories)))
         .child(tpm)

@@ -2,7 +2,7 @@
 //! screens, a watchdog, what tells of a panic, the layout of processors and memory. What it says in a way that QEMU is not told
 //! is refused by name.
 
-use super::{nodes, parts, refuse, tuning, wrong};
+use super::{nodes, parts, refuse, tuning, wrong, hostdevs};
 use crate::{error::VirError, xml::Element};
 use karst_model::{
     ByteSize,
@@ -309,7 +309,7 @@ pub fn layout(cpu: &Element, cpus: u32) -> Result<(Option<Topology>, Vec<NumaCel
 }
 
 /// Where a device of USB is.
-fn place(e: &Element) -> Result<Option<(u32, String)>, VirError> {
+pub(super) fn place(e: &Element) -> Result<Option<(u32, String)>, VirError> {
     let Some(address) = e.find("address").filter(|a| a.attribute("type") == Some("usb")) else {
         return Ok(None);
     };
@@ -416,7 +416,7 @@ pub fn devices(all: &[Element]) -> Result<Board, VirError> {
     // What has no master of its own number belongs to the one before it; masters come before their companions.
     controllers.sort_by_key(|(index, companion, _)| (*index, *companion));
     board.usb = controllers.into_iter().map(|(.., one)| one).collect();
-    if board.usb.is_empty() && !board.usb_devices.is_empty() {
+    if board.usb.is_empty() && (!board.usb_devices.is_empty() || all.iter().any(hostdevs::is_usb)) {
         // As QEMU's machines have it.
         board.usb.push(UsbController { model: UsbModel::Piix3Uhci, ports: None });
     }

@@ -6,7 +6,7 @@
 //! The tools of libvirt write some things unasked (a sound card, ports for USB over SPICE, the model of the screen). Those
 //! are kept: a guest without them does what it does, and the tools stay usable.
 
-use super::{board, ports, refuse, shares};
+use super::{board, hostdevs, ports, refuse, shares};
 use crate::{error::VirError, xml::Element};
 
 /// What is done with an element or attribute.
@@ -302,6 +302,8 @@ const DEVICES: &[Row] = &[
     (
         "input",
         When(|e| match said(e, "bus") {
+            // Looked at by `hostdevs`.
+            _ if hostdevs::is(e) => true,
             Some("ps2") => is(e, "type", &["mouse", "keyboard"]),
             _ => {
                 is(e, "bus", &["usb", "virtio"])
@@ -309,7 +311,7 @@ const DEVICES: &[Row] = &[
                     && virtio(e, said(e, "bus") == Some("virtio"))
             }
         }),
-        "mouse, keyboard and tablet are there, on usb or virtio (with its options), and but for the tablet on ps2",
+        "mouse, keyboard and tablet are there, on usb or virtio (with its options), and but for the tablet on ps2; passthrough and evdev of the host",
     ),
     // What is in these is looked at by `ports`.
     ("serial", Kept, ""),
@@ -356,7 +358,8 @@ const DEVICES: &[Row] = &[
     ("smartcard", Never, "is not there"),
     ("hub", When(|e| is(e, "type", &["usb"])), "is one of usb"),
     ("pstore", Never, "is not there"),
-    ("hostdev", Never, "devices of the host are not passed through"),
+    // What is in it is looked at by `hostdevs`.
+    ("hostdev", Kept, ""),
     // What is in it is looked at by `shares`.
     ("filesystem", Kept, ""),
     ("lease", Never, "there is no lock manager"),
@@ -685,6 +688,7 @@ pub fn device(e: &Element) -> Result<(), VirError> {
         "interface" => interface(e),
         name if ports::ELEMENTS.contains(&name) => ports::check(e),
         shares::ELEMENT => shares::read(e).map(drop),
+        _ if hostdevs::is(e) => hostdevs::read(e).map(drop),
         _ => Ok(()),
     }
 }

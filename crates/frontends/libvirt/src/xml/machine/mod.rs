@@ -6,6 +6,7 @@
 
 pub mod aliases;
 pub mod board;
+pub mod hostdevs;
 pub mod iotune;
 pub mod kept;
 pub mod nodes;
@@ -26,7 +27,7 @@ use super::{Element, encryption::SecretName};
 use crate::error::{Code, Part, VirError};
 use karst_model::{
     board::Board,
-    device::{DiskBus, DiskCache, DriveFormat, NicModel, Rates},
+    device::{DiskBus, DiskCache, DriveFormat, HostDevice, NicModel, Rates},
     display::{DisplayGuard, DisplayPassword, DisplayProtocol},
     instance::{DeviceIdentity, Firmware},
     options::{DiskOptions, NicOptions},
@@ -98,6 +99,8 @@ pub struct Machine {
     pub ports: Vec<ports::Port>,
     /// Directories that it shares with its host.
     pub filesystems: Vec<shares::Filesystem>,
+    /// Devices of the host that it is given.
+    pub given: Vec<HostDevice>,
     /// Its screen is there by SPICE too.
     pub spice: bool,
     /// Where its screens listen, and how they are served.

@@ -1,7 +1,7 @@
 //! What a domain says of options of its machine that are no devices of their own ([`karst_model::board::Features`]), and of the
 //! devices of virtio that each machine has, both ways.
 
-use super::{options, refuse, wrong};
+use super::{hostdevs, options, refuse, wrong};
 use crate::{
     error::VirError,
     xml::{Element, machine::read::kib},
@@ -167,7 +167,7 @@ fn part(e: &Element, inputs: &mut usize) -> Option<String> {
         ("memballoon", _) => Some("balloon".into()),
         ("controller", Some("scsi")) if first() => Some("scsi".into()),
         ("controller", Some("virtio-serial")) if first() => Some("serial".into()),
-        ("input", _) if e.attribute("bus") == Some("virtio") => {
+        ("input", _) if e.attribute("bus") == Some("virtio") && !hostdevs::is(e) => {
             *inputs += 1;
             Some(format!("input{}", *inputs - 1))
         }

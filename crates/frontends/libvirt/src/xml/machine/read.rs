@@ -1,10 +1,7 @@
 //! From domain XML to the typed form.
 
 use super::{
-    Disk, Kernel, Machine, Nic, Opaque, Screen, Source, aliases, board, iotune, kept, number, options,
-    pci_of, places, ports, priority, processor, refuse, scsi, shares,
-    sizes::{self, Cpus},
-    tuning, wrong,
+    Disk, Kernel, Machine, Nic, Opaque, Screen, Source, aliases, board, iotune, kept, number, options, pci_of, places, ports, priority, processor, refuse, scsi, shares, sizes::{self, Cpus}, tuning, wrong, hostdevs,
 };
 use crate::{
     error::VirError,
@@ -105,6 +102,7 @@ pub fn machine(text: &str) -> Result<Machine, VirError> {
         nics: vec![],
         ports: ports::read(devices.elements())?,
         filesystems,
+        given: hostdevs::all(devices.elements())?,
         spice: false,
         places: Default::default(),
         screen: Screen::Unsaid,

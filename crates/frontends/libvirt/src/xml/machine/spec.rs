@@ -1,7 +1,7 @@
 //! From the typed form to the engine's words: keys, devices and places of a new machine, or of one that is there. Of one that
 //! is there only what the document changes is changed, so that what libvirt has no word for stays.
 
-use super::{Disk, Kernel, Machine, Nic, Source, places::Places, refuse, shares, sizes, tuning};
+use super::{Disk, Kernel, Machine, Nic, Source, places::Places, refuse, shares, sizes, tuning, hostdevs};
 use crate::{
     calls::domain::{METADATA, OPAQUE, TITLE},
     error::VirError,
@@ -209,6 +209,11 @@ fn root(machine: &Machine) -> Option<&Disk> {
     machine.disks.iter().filter(can).reduce(|a, b| if b.boot > a.boot { b } else { a })
 }
 
+/// Can the memory of such a machine be kept? What it shares with its host, and what of the host's it has, is another thing later.
+fn can_be_kept(machine: &Machine) -> bool {
+    machine.filesystems.is_empty() && machine.given.is_empty()
+}
+
 /// The keys of what is on its board, as it is to be.
 fn board(config: &mut Config, was: &Board, is: &Board) {
     change_keys(config, was.keys(), is.keys());
@@ -254,8 +259,8 @@ pub fn create(machine: &Machine) -> Result<Created, VirError> {
     set(&mut config, REBOOT_ACTION, machine.ends_on_reboot.then_some("stop"));
     tuning::change(&mut config, None, machine);
     firmware(&mut config, machine.firmware);
-    // So that saving and snapshots with memory are there, as they are with libvirt: of a machine that shares directories they are not.
-    set(&mut config, STATEFUL, Some(machine.filesystems.is_empty().to_string()));
+    // So that saving and snapshots with memory are there, as they are with libvirt: of a machine that has something of its host's they are not.
+    set(&mut config, STATEFUL, Some(can_be_kept(machine).to_string()));
     set(&mut config, TITLE, machine.title.as_ref());
     for (uri, (prefix, e)) in &machine.metadata {
         let (key, value) = metadata(uri, prefix, e);
@@ -286,6 +291,7 @@ pub fn create(machine: &Machine) -> Result<Created, VirError> {
         let (slot, alias, pci) = (format!("fs{n}"), one.alias.clone(), one.pci.clone());
         places.insert(name, Place { slot, alias, pci });
     }
+    hostdevs::change(&mut devices, &Devices::new(), &[], &machine.given);
     Ok(Created { config, devices, places })
 }
 
@@ -352,7 +358,7 @@ pub fn update(present: &Present<'_>, new: &Machine) -> Result<Updated, VirError>
     if old.firmware != new.firmware {
         firmware(&mut config, new.firmware);
     }
-    match (old.filesystems.is_empty(), new.filesystems.is_empty()) {
+    match (can_be_kept(old), can_be_kept(new)) {
         (true, false) => set(&mut config, STATEFUL, Some("false")),
         // Only what was taken back is given again.
         (false, true) if config.get(STATEFUL).is_some_and(|v| v == "false") => {
@@ -510,6 +516,9 @@ fn devices(present: &Present<'_>, new: &Machine) -> Result<Devices, VirError> {
             }
         }
         devices.extend(new.ports.iter().map(|port| (port.name.clone(), port.keys())));
+    }
+    if new.given != old.given {
+        hostdevs::change(&mut devices, present.expanded, &old.given, &new.given);
     }
     if new.tpm && !old.tpm {
         devices.insert("tpm0".into(), [("type".to_owned(), "tpm".to_owned())].into());

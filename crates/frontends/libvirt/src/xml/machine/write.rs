@@ -1,12 +1,7 @@
 //! From an instance to domain XML, with what was kept of the document that it was defined by.
 
 use super::{
-    Kernel, Opaque, ShownGuard, Source, aliases, board, iotune, kept, nodes, options, owned, parts, pci_of,
-    places,
-    places::Places,
-    ports, priority, processor, read, screens, scsi, shares,
-    sizes::{self, Cpus},
-    target, tuning,
+    Kernel, Opaque, ShownGuard, Source, aliases, board, iotune, kept, nodes, options, owned, parts, pci_of, places, places::Places, ports, priority, processor, read, screens, scsi, shares, sizes::{self, Cpus}, target, tuning, hostdevs,
 };
 use crate::{
     calls::domain::{METADATA, OPAQUE, TITLE},
@@ -23,7 +18,7 @@ use karst_model::{
     board::{Board, Rng},
     device::{
         DISK_CACHES, DRIVE_FORMATS, Devices, DiskBus, DiskDevice, DiskIo, DiskOrigin, DriveFormat,
-        NIC_MODELS, NicDevice, NicKind, NicModel, PortPlace, Rates,
+        HostDevice, NIC_MODELS, NicDevice, NicKind, NicModel, PortPlace, Rates,
     },
     display::DisplayProtocol,
     instance::{DeviceIdentity, Firmware, Hardware},
@@ -121,6 +116,7 @@ const DEVICES: &[&str] = &[
     "audio",
     "sound",
     "video",
+    "hostdev",
     "redirdev",
     "redirfilter",
     "hub",
@@ -467,6 +463,14 @@ fn devices(shown: &Shown<'_>, opaque: &Opaque, on_board: &Board) -> Result<Eleme
     for (identity, now) in directories {
         devices.push(directory(identity, &now, orders.order(now.boot), live, opaque));
     }
+    for (name, device) in &parsed.given {
+        let Some(now) = hostdevs::now(device) else { continue };
+        let boot = match &now {
+            HostDevice::Usb(usb) => orders.order(usb.boot_priority),
+            HostDevice::Input(_) => None,
+        };
+        devices.push(host_device((name.as_str(), of(name)), &now, boot, live, opaque));
+    }
     let given = |name: &str| opaque.devices.iter().any(|e| e.name() == name);
     let port = |name: &'static str, target: &'static str| {
         Element::new(name)
@@ -563,6 +567,7 @@ fn devices(shown: &Shown<'_>, opaque: &Opaque, on_board: &Board) -> Result<Eleme
         "memballoon" => same_balloon,
         // Shown already, as they are.
         shares::ELEMENT => false,
+        _ if hostdevs::is(e) => false,
         name if ports::ELEMENTS.contains(&name) => same_ports,
         name if board::holds(e) => !stale.contains(&name),
         _ => true,
@@ -764,6 +769,30 @@ fn directory(
         _ => e.push_some(placed(identity)),
     }
     sort(&mut e, FILESYSTEM);
+    e
+}
+
+/// A device of the host. Of one that runs its place is told, else what the document wished.
+fn host_device(
+    (name, identity): (&str, Option<&DeviceIdentity>),
+    now: &HostDevice,
+    boot: Option<u32>,
+    live: bool,
+    opaque: &Opaque,
+) -> Element {
+    let kept = hostdevs::kept(&opaque.devices, now);
+    let mut e = kept.cloned().unwrap_or_else(|| hostdevs::shown(now));
+    if kept.is_none() {
+        e.push_some(boot.map(|order| Element::new("boot").with("order", order)));
+    }
+    if live && e.find("alias").is_none() {
+        e.push(Element::new("alias").with("name", identity.map_or(name, |i| i.alias.as_str())));
+    }
+    if let Some(place) = identity.and_then(placed).filter(|_| live || kept.is_none()) {
+        e.elements_mut().retain(|inner| inner.name() != "address");
+        e.push(place);
+    }
+    sort(&mut e, &["driver", "source", "boot", "alias", "address"]);
     e
 }
 

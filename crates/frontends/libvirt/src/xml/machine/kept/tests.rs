@@ -109,7 +109,7 @@ const SAMPLES: &[(&str, &str, &str, &str)] = &[
         "<controller type='usb' model='qemu-xhci' ports='15'/>",
         "<controller type='ccid'/>",
     ),
-    ("devices", "input", "<input type='tablet' bus='usb'/>", "<input type='evdev'/>"),
+    ("devices", "input", "<input type='tablet' bus='usb'/>", "<input type='joystick' bus='usb'/>"),
     ("devices", "input", "<input type='mouse' bus='virtio'/>", "<input type='tablet' bus='ps2'/>"),
     ("devices", "hub", "<hub type='usb'/>", "<hub type='other'/>"),
     ("devices", "panic", "<panic model='isa'/>", "<panic model='pseries'/>"),
