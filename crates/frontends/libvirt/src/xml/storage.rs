@@ -208,9 +208,11 @@ pub fn read_volume(text: &str) -> Result<NewVolume, VirError> {
     if encryption.is_some() && content != VolumeContent::Block {
         return Err(refuse("encryption", "disks are encrypted; discs and directories are not"));
     }
-    Ok(NewVolume { name, capacity, content, encryption })
     let image = content == VolumeContent::Block && format == Some(QCOW2);
-    Ok(NewVolume { name, capacity, content, image })
+    if encryption.is_some() && image {
+        return Err(refuse("encryption", "what is encrypted is raw; leave the format out, or say raw"));
+    }
+    Ok(NewVolume { name, capacity, content, encryption, image })
 }
 
 fn is_disc(name: &str) -> bool {
