@@ -139,7 +139,6 @@ plain!(
     Vec<crate::resources::CpuModel>,
     Usage,
     Option<Abilities>,
-    Vec<FoundSource>,
     Vec<Lease>,
     Vec<Neighbour>,
     NetworkState,

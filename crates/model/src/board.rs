@@ -28,6 +28,7 @@ mod nodes;
 mod parts;
 mod placement;
 mod scsi;
+mod sound;
 pub(crate) mod text;
 
 use crate::{
@@ -40,6 +41,7 @@ pub use parts::{Features, Iommu, IommuModel, Rng};
 pub use placement::Placement;
 pub use scsi::{MOST_SCSI, SCSI_MODELS, ScsiController, ScsiModel, without_usual};
 use serde::{Deserialize, Serialize};
+pub use sound::{SOUND_CODECS, SoundCodec};
 use std::collections::BTreeMap;
 
 /// Sound cards of a machine at most, and so screens and input devices: functions of one PCI device.
@@ -116,6 +118,12 @@ pub struct Board {
     /// `hardware.sound`.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub sound: Vec<Sound>,
+    /// `hardware.sound.codecs`, by the place of the card: of those that have another than the usual one.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub sound_codecs: Vec<(u32, Vec<SoundCodec>)>,
+    /// `hardware.main_thread.pool`: threads that QEMU's main one keeps for what blocks, and most of them.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub main_pool: Option<(Option<u32>, Option<u32>)>,
     /// `hardware.video`: without any it has the VGA card.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub video: Vec<Video>,
@@ -409,6 +417,7 @@ const USB: &str = "hardware.usb";
 const USB_DEVICES: &str = "hardware.usb.devices";
 const INPUT: &str = "hardware.input";
 const SOUND: &str = "hardware.sound";
+const MAIN_POOL: &str = "hardware.main_thread.pool";
 const VIDEO: &str = "hardware.video";
 const WATCHDOG: &str = "hardware.watchdog";
 const MEMORY: &str = "hardware.memory";
@@ -590,6 +599,30 @@ fn zone(text: &str) -> Result<String> {
     }
 }
 
+/// `8-16`, `8-` or `-16`.
+fn main_pool(text: &str) -> Result<(Option<u32>, Option<u32>)> {
+    let odd = || {
+        let why = "write how many threads are kept and how many there are at most, up to 65535, as in 8-16, 8- or -16";
+        wrong(MAIN_POOL, format!("{text:?}: {why}"))
+    };
+    let (least, most) = text.split_once('-').ok_or_else(odd)?;
+    let of = |part: &str| match part {
+        "" => Ok(None),
+        part => part.parse().ok().filter(|n: &u32| *n < 65_536).map(Some).ok_or_else(odd),
+    };
+    match (of(least)?, of(most)?) {
+        (None, None) | (_, Some(0)) => Err(odd()),
+        // Without a word QEMU has 64 at most.
+        (Some(least), most) if least > most.unwrap_or(64) => Err(odd()),
+        found => Ok(found),
+    }
+}
+
+fn main_pool_text((least, most): (Option<u32>, Option<u32>)) -> String {
+    let of = |n: Option<u32>| n.map(|n| n.to_string()).unwrap_or_default();
+    format!("{}-{}", of(least), of(most))
+}
+
 fn watchdog(text: &str) -> Result<Watchdog> {
     let (model, end) = text.split_once(':').unwrap_or((text, "reset"));
     Ok(Watchdog { model: word(WATCHDOG, model, WATCHDOGS)?, end: word(WATCHDOG, end, WATCHDOG_ENDS)? })
@@ -611,6 +644,8 @@ impl Board {
             other => return Err(wrong(SLEEP, format!("{other:?} is not there; memory, disk and both are"))),
         };
         let whole = |key: &str| set(config, key).map(|text| number(key, text)).transpose();
+        let sound = list(config, SOUND, MOST, |text| word(SOUND, text, SOUNDS))?;
+        let codecs = set(config, sound::CODECS).map(|text| sound::codecs(text, &sound)).transpose()?;
         let board = Self {
             topology: set(config, TOPOLOGY).map(topology).transpose()?,
             numa: set(config, NUMA).map(cells).transpose()?.unwrap_or_default(),
@@ -638,7 +673,9 @@ impl Board {
             usb: list(config, USB, MOST_USB, controller)?,
             usb_devices: list(config, USB_DEVICES, DEVICES, usb_device)?,
             inputs: list(config, INPUT, MOST, |text| word(INPUT, text, POINTERS))?,
-            sound: list(config, SOUND, MOST, |text| word(SOUND, text, SOUNDS))?,
+            sound,
+            sound_codecs: codecs.unwrap_or_default(),
+            main_pool: set(config, MAIN_POOL).map(main_pool).transpose()?,
             video: list(config, VIDEO, MOST, |text| word(VIDEO, text, VIDEOS))?,
             watchdog: set(config, WATCHDOG).map(watchdog).transpose()?,
             panic: flag(PANIC),
@@ -785,7 +822,9 @@ impl Board {
                     (false, false) => None,
                 },
             ),
+            (MAIN_POOL, self.main_pool.map(main_pool_text)),
             (SOUND, joined(&self.sound, |s| s.as_str().to_owned())),
+            (sound::CODECS, sound::text(&self.sound_codecs)),
             (USB, joined(&self.usb, controller)),
             (USB_DEVICES, joined(&self.usb_devices, device)),
             (VIDEO, joined(&self.video, |v| v.as_str().to_owned())),
@@ -841,7 +880,9 @@ mod tests {
             (parts::RNG, "plain,rate=1024/1000+iommu+packed"),
             (scsi::SCSI, "virtio-scsi,lsilogic"),
             (SLEEP, "memory"),
+            (MAIN_POOL, "8-16"),
             (SOUND, "ich6,ac97,pcspk"),
+            (sound::CODECS, "0=micro+duplex"),
             (USB, "ich9-ehci1,ich9-uhci1:0,ich9-uhci2:2,qemu-xhci:15"),
             (USB_DEVICES, "hub@0:1,mouse@0:1.2,tablet"),
             (VIDEO, "qxl,qxl"),
@@ -887,6 +928,12 @@ mod tests {
             (&[(GENERATION, "x")], GENERATION),
             (&[(SLEEP, "often")], SLEEP),
             (&[(SOUND, "pcspk,pcspk")], SOUND),
+            (&[(SOUND, "ac97"), (sound::CODECS, "0=micro")], sound::CODECS),
+            (&[(MAIN_POOL, "8")], MAIN_POOL),
+            (&[(MAIN_POOL, "-")], MAIN_POOL),
+            (&[(MAIN_POOL, "16-8")], MAIN_POOL),
+            (&[(MAIN_POOL, "80-")], MAIN_POOL),
+            (&[(MAIN_POOL, "0-0")], MAIN_POOL),
             (&[(CLOCK_START, "253402300800")], CLOCK_START),
             (&[(CLOCK_START, "noon")], CLOCK_START),
             (&[(CLOCK_ZONE, "/etc/passwd")], CLOCK_ZONE),

@@ -202,6 +202,7 @@ pub const INSTANCE_KEYS: &[Key] = &[
         false,
         "Machine type: q35 or pc for the newest of the host, or a version such as pc-q35-7.2. Fixed when the machine is made.",
     ),
+    key("hardware.main_thread.pool", Text, VirtualMachine, "", false, of_board::MAIN_POOL),
     key(
         "hardware.memory",
         Text,
@@ -274,6 +275,7 @@ pub const INSTANCE_KEYS: &[Key] = &[
         false,
         "Sound cards: ac97, es1370, ich6, ich9, sb16, and pcspk, the speaker. They are heard by SPICE, else nowhere.",
     ),
+    key("hardware.sound.codecs", Text, VirtualMachine, "", false, of_board::CODECS),
     key(
         "hardware.spice",
         Bool,

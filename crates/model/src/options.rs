@@ -428,6 +428,12 @@ pub struct NicOptions {
     /// Entries of the queue of what comes in (virtio).
     #[serde(skip_serializing_if = "Option::is_none")]
     pub receive_queue: Option<u16>,
+    /// What comes in is spread over its queues by hashes (virtio).
+    #[serde(skip_serializing_if = "is_false")]
+    pub rss: bool,
+    /// The guest is told the hash of what came in (virtio).
+    #[serde(skip_serializing_if = "is_false")]
+    pub hash: bool,
     /// It has no ROM to boot from.
     #[serde(skip_serializing_if = "is_false")]
     pub no_rom: bool,
@@ -461,6 +467,8 @@ impl NicOptions {
                 ("event-index", "off", _) => found.no_event_index = true,
                 ("ioeventfd", "off", _) => found.no_ioeventfd = true,
                 ("rom", "off", _) => found.no_rom = true,
+                ("rss", "", _) => found.rss = true,
+                ("hash", "", _) => found.hash = true,
                 ("tx", "loop", _) => found.sender = Some(NicSender::Loop),
                 ("tx", "timer", _) => found.sender = Some(NicSender::Timer),
                 ("ipv4", text, _) => {
@@ -482,8 +490,8 @@ impl NicOptions {
                 }
                 (_, "off", Some(n)) => found.offloads_off |= 1 << n,
                 _ => {
-                    let why = "is no option; iommu, ats, packed, page-per-queue, event-index=off, ioeventfd=off, rom=off, \
-                               tx=loop, tx=timer, rx-queue-size= and offloads such as csum=off are";
+                    let why = "is no option; iommu, ats, packed, page-per-queue, event-index=off, ioeventfd=off, rom=off, rss, \
+                               hash, tx=loop, tx=timer, rx-queue-size= and offloads such as csum=off are";
                     return Err(wrong(field, word, why));
                 }
             }
@@ -511,6 +519,8 @@ impl NicOptions {
             (self.no_event_index, "event-index=off"),
             (self.no_ioeventfd, "ioeventfd=off"),
             (self.no_rom, "rom=off"),
+            (self.rss, "rss"),
+            (self.hash, "hash"),
             (self.sender == Some(NicSender::Loop), "tx=loop"),
             (self.sender == Some(NicSender::Timer), "tx=timer"),
         ] {
@@ -593,7 +603,7 @@ mod tests {
 
     #[test]
     fn nics_are_written_as_they_are_read() {
-        let all = "packed,event-index=off,ioeventfd=off,rom=off,tx=timer,ipv4=10.1.2.0/24,ipv6=fd01::/64,\
+        let all = "packed,event-index=off,ioeventfd=off,rom=off,rss,hash,tx=timer,ipv4=10.1.2.0/24,ipv6=fd01::/64,\
                    rx-queue-size=512,csum=off,guest-ufo=off";
         let found = NicOptions::parse("f", all, true).unwrap();
         assert_eq!(found.text().as_deref(), Some(all));
@@ -611,6 +621,8 @@ mod tests {
             ("rx-queue-size=300", true),
             ("csum=on", true),
             ("ats", false),
+            ("rss", false),
+            ("hash=on", true),
         ] {
             assert_eq!(
                 NicOptions::parse("f", text, virtio).unwrap_err().field.as_deref(),

@@ -477,6 +477,9 @@ pub fn argv(m: &Machine) -> Result<Vec<String>> {
         opt(option, value);
     }
     threads::demand_few(&m.spec.iothreads)?;
+    if let Some(object) = board::main_thread(&m.spec.board) {
+        opt("-object", object.to_string());
+    }
     for thread in &m.spec.iothreads {
         opt("-object", threads::object(thread).to_string());
     }

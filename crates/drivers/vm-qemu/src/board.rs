@@ -8,8 +8,8 @@ use karst_model::{
     Error, Result,
     board::{
         Board, CellMemory, Features, HostNodes, Iommu, IommuModel, MOST, MOST_USB, Memory, Pointer,
-        ScsiController, ScsiModel, Sound, Topology, UsbController, UsbDevice, UsbKind, UsbModel, Video,
-        WatchdogEnd, WatchdogModel, ranges,
+        ScsiController, ScsiModel, Sound, SoundCodec, Topology, UsbController, UsbDevice, UsbKind, UsbModel,
+        Video, WatchdogEnd, WatchdogModel, ranges,
     },
 };
 use serde_json::{Value, json};
@@ -164,7 +164,7 @@ fn keep_to(object: &mut Value, host: &HostNodes) {
     object["policy"] = host.policy.as_str().into();
 }
 
-/// The one of a node.
+/// The one of a node, or of a card.
 fn of_node<T>(all: &[(u32, T)], node: usize) -> Option<&T> {
     all.iter().find(|(n, _)| *n as usize == node).map(|(_, value)| value)
 }
@@ -349,14 +349,27 @@ fn usb_device(n: usize, one: &UsbDevice) -> Value {
     device
 }
 
-fn sound(n: usize, one: Sound, layout: Layout, many: bool) -> Result<Vec<String>> {
+fn sound(
+    n: usize,
+    one: Sound,
+    codecs: Option<&Vec<SoundCodec>>,
+    layout: Layout,
+    many: bool,
+) -> Result<Vec<String>> {
     let id = format!("sound{n}");
     let plain = |driver: &str| json!({"driver": driver, "id": id, "audiodev": AUDIO});
     let of_intel = |driver: &str| -> Result<Vec<String>> {
-        let codec = json!({
-            "driver": "hda-duplex", "id": format!("{id}-codec0"), "bus": format!("{id}.0"), "cad": 0, "audiodev": AUDIO,
-        });
-        Ok(vec![at(layout, json!({"driver": driver, "id": id}), SOUND, n, many)?, codec.to_string()])
+        let usual = [SoundCodec::Duplex];
+        let mut all = vec![at(layout, json!({"driver": driver, "id": id}), SOUND, n, many)?];
+        for (place, codec) in codecs.map_or(&usual[..], |all| &all[..]).iter().enumerate() {
+            let driver = format!("hda-{}", codec.as_str());
+            let codec = json!({
+                "driver": driver, "id": format!("{id}-codec{place}"), "bus": format!("{id}.0"), "cad": place,
+                "audiodev": AUDIO,
+            });
+            all.push(codec.to_string());
+        }
+        Ok(all)
     };
     match one {
         Sound::Ac97 => Ok(vec![at(layout, plain("AC97"), SOUND, n, many)?]),
@@ -402,6 +415,18 @@ pub fn screens(board: &Board, layout: Layout) -> Result<Vec<Argument>> {
         arguments.push(("-device", at(layout, device, VIDEO, n, all.len() > 1)?));
     }
     Ok(arguments)
+}
+
+/// The main thread, where it is not as usual.
+pub fn main_thread(board: &Board) -> Option<Value> {
+    let (least, most) = board.main_pool?;
+    let mut object = json!({"qom-type": "main-loop", "id": "main-loop"});
+    for (property, value) in [("thread-pool-min", least), ("thread-pool-max", most)] {
+        if let Some(n) = value {
+            object[property] = n.into();
+        }
+    }
+    Some(object)
 }
 
 /// What of a controller of SCSI of virtio is not as usual.
@@ -506,9 +531,10 @@ pub fn devices(board: &Board, layout: Layout, spice: bool) -> Result<Vec<Argumen
     let on_pci = |one: &&Sound| !matches!(one, Sound::Sb16 | Sound::Pcspk);
     let cards = board.sound.iter().filter(on_pci).count();
     let mut place = 0;
-    for one in &board.sound {
+    for (card, one) in board.sound.iter().enumerate() {
         let n = if on_pci(&one) { place } else { cards + place };
-        for device in sound(n, *one, layout, cards > 1)? {
+        let codecs = of_node(&board.sound_codecs, card);
+        for device in sound(n, *one, codecs, layout, cards > 1)? {
             add(device);
         }
         place += usize::from(on_pci(&one));
@@ -597,6 +623,20 @@ mod tests {
         -device {"driver":"usb-mouse","id":"usb-device1","bus":"usb0.0","port":"1.2"}
         -device {"driver":"usb-tablet","id":"usb-device2","bus":"usb1.0","port":"1"}
         -device {"driver":"usb-kbd","id":"usb-device3","bus":"usb0.0"}
+        "#);
+    }
+
+    #[test]
+    fn sound_cards_have_their_codecs() {
+        let board =
+            board(&[("hardware.sound", "ac97,ich9"), ("hardware.sound.codecs", "1=micro+duplex+output")]);
+        insta::assert_snapshot!(lines(devices(&board, PC, false).unwrap()), @r#"
+        -audiodev {"driver":"none","id":"audio"}
+        -device {"driver":"AC97","id":"sound0","audiodev":"audio","bus":"pci.0","addr":"0x19.0x0","multifunction":true}
+        -device {"driver":"ich9-intel-hda","id":"sound1","bus":"pci.0","addr":"0x19.0x1"}
+        -device {"driver":"hda-micro","id":"sound1-codec0","bus":"sound1.0","cad":0,"audiodev":"audio"}
+        -device {"driver":"hda-duplex","id":"sound1-codec1","bus":"sound1.0","cad":1,"audiodev":"audio"}
+        -device {"driver":"hda-output","id":"sound1-codec2","bus":"sound1.0","cad":2,"audiodev":"audio"}
         "#);
     }
 

@@ -885,6 +885,11 @@ impl Nic {
         if let Some(size) = all.receive_queue {
             device["rx_queue_size"] = size.into();
         }
+        for (on, property) in [(all.rss, "rss"), (all.hash, "hash")] {
+            if on {
+                device[property] = true.into();
+            }
+        }
         let off = [(all.no_event_index, "event_idx"), (all.no_ioeventfd, "ioeventfd")];
         let off = off.into_iter().filter(|(off, _)| *off).map(|(_, property)| property);
         for property in off.chain(all.without().map(|(_, property)| property)) {

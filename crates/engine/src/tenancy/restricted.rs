@@ -22,6 +22,7 @@ const MACHINE_LOWLEVEL: &[&str] = &[
     "boot.host_shutdown_",
     // Properties of threads; how many there are is free.
     "hardware.iothreads.",
+    "hardware.main_thread.pool",
     "hardware.memory",
     "hardware.numa.host",
     "hardware.numa.memory",

@@ -54,6 +54,11 @@ const PARTS: &[(&str, &[(&str, &str)], &str)] = &[
         "<page size='4' unit='KiB'/>",
     ),
     (
+        "<defaultiothread thread_pool_min='8' thread_pool_max='16'/>",
+        &[("hardware.main_thread.pool", "8-16")],
+        "<defaultiothread thread_pool_min='8' thread_pool_max='16'/>",
+    ),
+    (
         "<vcpu placement='auto'>2</vcpu><numatune><memory mode='interleave' placement='auto'/></numatune>",
         &[("hardware.numa.placement", "both"), ("hardware.numa.policy", "interleave")],
         "<memory mode='interleave' placement='auto'/>",
@@ -129,6 +134,16 @@ const DEVICES: &[(&str, &[(&str, &str)], &[&str])] = &[
         &["<controller type='scsi' index='2' model='virtio-scsi'/>", "<address type='drive' controller='2'"],
     ),
     (
+        "<interface type='user'><mac address='00:11:22:33:44:66'/><model type='virtio'/><driver rss='on' rss_hash_report='on'/></interface>\
+         <sound model='ac97'/><sound model='ich9'><codec type='micro'/><codec type='output'/></sound>",
+        &[
+            ("net0/io.options", "rss,hash"),
+            ("hardware.sound", "ac97,ich9"),
+            ("hardware.sound.codecs", "1=micro+output"),
+        ],
+        &["<driver rss='on' rss_hash_report='on'/>", "<codec type='output'/>"],
+    ),
+    (
         "<serial type='pty'><target type='isa-debug'/><address type='isa' iobase='0x402'/></serial>",
         &[("debug0/port", "debug"), ("debug0/to", "stream")],
         &["<target type='isa-debug'/>"],
@@ -173,6 +188,8 @@ const REFUSED: &[(&str, &str, &str)] = &[
         "memoryBacking",
     ),
     ("", "<controller type='scsi' index='0' model='lsilogic'/>", "controller model"),
+    ("", "<sound model='ac97'><codec type='micro'/></sound>", "sound codec"),
+    ("", "<sound model='ich6'><codec type='loud'/></sound>", "sound codec"),
     (
         "",
         "<graphics type='spice' autoport='yes'/><channel type='qemu-vdagent'><target type='virtio' name='com.redhat.spice.0'/></channel>",

@@ -12,6 +12,9 @@ pub const FEATURES: &str = "What is not as usual: vmcoreinfo, hyperv-panic (KVM)
 /// `hardware.iommu`.
 pub const IOMMU: &str = "An IOMMU of machines of type q35: virtio, or intel with intremap=on, eim=on (both with split-irqchip of \
     hardware.features), caching, iotlb, width=39, width=48.";
+/// `hardware.main_thread.pool`.
+pub const MAIN_POOL: &str =
+    "Threads that QEMU's main one keeps for what blocks, and most of them, such as 8-16.";
 /// `hardware.memory.modules`.
 pub const MODULES: &str = "Modules of memory, each with its node: 512MiB@0;1GiB@1+slot=2+hugepages=2MiB+bind:0. With hardware.numa \
     they are limits.memory.";
@@ -40,6 +43,9 @@ pub const RNG: &str = "Where random numbers come from, each plain, or of rate=BY
 pub const SCSI: &str = "Controllers of SCSI, the first of them virtio-scsi: virtio-scsi, lsilogic, lsisas1068, lsisas1078, vmpvscsi; of virtio \
     with queues=, per-disk=, sectors=, ioeventfd=off, iommu, ats, packed, page-per-queue, as in virtio-scsi,virtio-scsi+queues=4. Disks say \
     controller= in io.options.";
+/// `hardware.sound.codecs`.
+pub const CODECS: &str = "Codecs of cards ich6 and ich9, by their place in hardware.sound from 0: duplex (the usual one), micro, output, \
+    as in 0=micro+output.";
 /// `hardware.virtio`.
 pub const VIRTIO: &str = "What of the machine's own devices of virtio is not as usual, of balloon, scsi, serial, input0: iommu, ats, \
     packed, page-per-queue, as in balloon=iommu+ats,scsi=packed.";

@@ -13,7 +13,7 @@ pub const NIC_KEYS: &[(&str, &str)] = &[
     ),
     (
         "io.options",
-        "Virtual machines: what of it is not as usual, a list of `rom=off`, and of `virtio` of `iommu`, `ats`, `packed`, `page-per-queue`, `event-index=off`, `ioeventfd=off`, `tx=loop`, `tx=timer`, `rx-queue-size=`, and offloads such as `csum=off`; of nictype user `ipv4=10.1.2.0/24` and `ipv6=fd01::/64`.",
+        "Virtual machines: what of it is not as usual, a list of `rom=off`, and of `virtio` of `iommu`, `ats`, `packed`, `page-per-queue`, `event-index=off`, `ioeventfd=off`, `tx=loop`, `tx=timer`, `rx-queue-size=`, `rss`, `hash`, and offloads such as `csum=off`; of nictype user `ipv4=10.1.2.0/24` and `ipv6=fd01::/64`.",
     ),
     ("ipv4.address", "Address that the guest always gets; of nictype routed its addresses, comma-separated."),
     ("ipv4.gateway", "`none`: no default route in the guest (auto)."),

@@ -8,7 +8,8 @@ pub(super) use super::sides::{CONFIG, LIVE, live};
 use super::{
     Answered, Named, cold,
     domain::is_running,
-    filesystems, nothing, power::ended,
+    filesystems, nothing,
+    power::ended,
     sides::{Affects, Edits, Side, affects, asked, edits, write},
     told,
 };

@@ -8,7 +8,10 @@ use super::{
 use crate::{
     error::{Code, Part, VirError},
     session::Call,
-    xml::{self, storage::{NewVolume, FORMAT, QCOW2}},
+    xml::{
+        self,
+        storage::{FORMAT, NewVolume, QCOW2},
+    },
 };
 use karst_engine::volumes::{copy::CopyVolume, create::CreateVolume, update::UpdateVolume};
 use karst_model::{

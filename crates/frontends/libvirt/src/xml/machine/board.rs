@@ -2,14 +2,14 @@
 //! screens, a watchdog, what tells of a panic, the layout of processors and memory. What it says in a way that QEMU is not told
 //! is refused by name.
 
-use super::{nodes, parts, refuse, tuning, wrong, hostdevs};
+use super::{hostdevs, nodes, parts, refuse, tuning, wrong};
 use crate::{error::VirError, xml::Element};
 use karst_model::{
     ByteSize,
     board::{
-        Board, Features, Memory, NumaCell, POINTERS, Pointer, Rng, SOUNDS, Topology, USB_KINDS, USB_MODELS,
-        UsbController, UsbDevice, UsbKind, UsbModel, VIDEOS, Video, WATCHDOG_ENDS, WATCHDOGS, Watchdog,
-        WatchdogEnd, WatchdogModel, is_zone, parse_ranges, ranges,
+        Board, Features, Memory, NumaCell, POINTERS, Pointer, Rng, SOUND_CODECS, SOUNDS, Sound, SoundCodec,
+        Topology, USB_KINDS, USB_MODELS, UsbController, UsbDevice, UsbKind, UsbModel, VIDEOS, Video,
+        WATCHDOG_ENDS, WATCHDOGS, Watchdog, WatchdogEnd, WatchdogModel, is_zone, parse_ranges, ranges,
     },
 };
 use uuid::Uuid;
@@ -60,6 +60,7 @@ pub fn read(root: &Element, cpus: u32) -> Result<Board, VirError> {
             board.features.get_or_insert_default().real_time_clock = true;
         }
     }
+    board.main_pool = root.find("defaultiothread").map(nodes::main_pool).transpose()?.flatten();
     if let Some(pm) = root.find("pm") {
         (board.sleeps, board.hibernates) = sleep(pm);
     }
@@ -345,15 +346,18 @@ pub fn devices(all: &[Element]) -> Result<Board, VirError> {
                     _ => {}
                 }
             }
-            "sound" if e.all("codec").any(|c| c.attribute("type").is_some_and(|t| t != "duplex")) => {
-                return Err(refuse("sound codec", "is duplex"));
-            }
             "sound" => match (model, model.and_then(|m| of(SOUNDS, m))) {
-                (_, Some(sound)) => board.sound.push(sound),
+                (_, Some(sound)) => {
+                    let codecs = codecs(e, sound)?;
+                    if !codecs.is_empty() {
+                        board.sound_codecs.push((board.sound.len() as u32, codecs));
+                    }
+                    board.sound.push(sound);
+                }
                 (Some("usb"), _) => board.usb_devices.push(UsbDevice { kind: UsbKind::Audio, at: place(e)? }),
                 _ => {
                     let text = format!(
-                        "'{}' is not there; ac97, es1370, ich6, ich9, sb16 and usb are",
+                        "'{}' is not there; ac97, es1370, ich6, ich9, sb16, pcspk and usb are",
                         model.unwrap_or_default()
                     );
                     return Err(refuse("sound model", text));
@@ -435,6 +439,22 @@ pub fn devices(all: &[Element]) -> Result<Board, VirError> {
     Ok(board)
 }
 
+/// The codecs of a `<sound>`, where they are not as usual.
+fn codecs(e: &Element, card: Sound) -> Result<Vec<SoundCodec>, VirError> {
+    let one = |codec: &Element| {
+        let name = codec.attribute("type").unwrap_or_default();
+        let text = format!("'{name}' is not there; duplex, micro and output are");
+        of(SOUND_CODECS, name).ok_or_else(|| refuse("sound codec", text))
+    };
+    let all = e.all("codec").map(one).collect::<Result<Vec<_>, _>>()?;
+    let has = matches!(card, Sound::Ich6 | Sound::Ich9);
+    match all[..] == [SoundCodec::Duplex] {
+        true => Ok(vec![]),
+        false if has || all.is_empty() => Ok(all),
+        false => Err(refuse("sound codec", "cards of the models ich6 and ich9 have them")),
+    }
+}
+
 /// A controller of USB; nothing for the word that there is none.
 fn controller(e: &Element) -> Result<Option<UsbController>, VirError> {
     let name = match e.attribute("model") {
@@ -482,8 +502,8 @@ pub fn holds(e: &Element) -> bool {
 pub fn stale(kept: &[Element], now: &Board) -> Vec<&'static str> {
     let was = devices(kept).unwrap_or_default();
     let mut stale = vec![];
-    if (&was.usb, &was.usb_devices, &was.inputs, &was.sound)
-        != (&now.usb, &now.usb_devices, &now.inputs, &now.sound)
+    if (&was.usb, &was.usb_devices, &was.inputs, &was.sound, &was.sound_codecs)
+        != (&now.usb, &now.usb_devices, &now.inputs, &now.sound, &now.sound_codecs)
     {
         stale.extend(["controller", "hub", "input", "sound"]);
     }
@@ -543,7 +563,12 @@ pub fn shown(board: &Board, classes: &[&str]) -> Vec<Element> {
         }
         let input = |one: &Pointer| Element::new("input").with("type", one.as_str()).with("bus", "virtio");
         all.extend(board.inputs.iter().map(input));
-        all.extend(board.sound.iter().map(|one| Element::new("sound").with("model", one.as_str())));
+        for (n, one) in (0u32..).zip(&board.sound) {
+            let codecs =
+                board.sound_codecs.iter().filter(|(card, _)| *card == n).flat_map(|(_, codecs)| codecs);
+            let codec = |codec: &SoundCodec| Element::new("codec").with("type", codec.as_str());
+            all.push(Element::new("sound").with("model", one.as_str()).children(codecs.map(codec)));
+        }
     }
     if wanted("video") {
         let model = |one: &Video| Element::new("model").with("type", one.as_str());
@@ -590,6 +615,10 @@ pub fn show_domain(root: &mut Element, board: &Board) {
     if let Some(generation) = board.generation {
         root.elements_mut().retain(|e| e.name() != "genid");
         root.push(Element::text("genid", generation));
+    }
+    if let Some(pool) = board.main_pool {
+        root.elements_mut().retain(|e| e.name() != "defaultiothread");
+        root.push(nodes::shown_main_pool(pool));
     }
     if let Some(room) = board.slots {
         root.elements_mut().retain(|e| e.name() != "maxMemory");

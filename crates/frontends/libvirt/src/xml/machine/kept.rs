@@ -66,7 +66,8 @@ const DOMAIN: &[Row] = &[
     ("vcpus", Kept, ""),
     ("iothreads", Kept, ""),
     ("iothreadids", Kept, ""),
-    ("defaultiothread", Never, "the main thread is as QEMU has it"),
+    // What is in it is looked at by `nodes`.
+    ("defaultiothread", Kept, ""),
     // What is in these is looked at by `tuning`.
     ("cputune", Kept, ""),
     ("memtune", Kept, ""),
@@ -532,7 +533,8 @@ fn nic_driver(e: &Element) -> bool {
         "queues" => value == "1",
         // Looked at by `options`.
         "rx_queue_size" => true,
-        "ioeventfd" | "event_idx" | "iommu" | "ats" | "packed" | "page_per_vq" => {
+        "ioeventfd" | "event_idx" | "iommu" | "ats" | "packed" | "page_per_vq" | "rss"
+        | "rss_hash_report" => {
             matches!(value, "on" | "off")
         }
         _ => false,
@@ -567,8 +569,8 @@ const INTERFACE: &[Row] = &[
     (
         "driver",
         When(nic_driver),
-        "an interface has one queue; name, txmode, rx_queue_size, ioeventfd, event_idx, iommu, ats, packed, page_per_vq, and \
-         offloads of host and guest are what is said of it",
+        "an interface has one queue; name, txmode, rx_queue_size, ioeventfd, event_idx, iommu, ats, packed, page_per_vq, rss, \
+         rss_hash_report, and offloads of host and guest are what is said of it",
     ),
     ("backend", Never, "interfaces of the host are Karst's"),
     ("filterref", Kept, ""),

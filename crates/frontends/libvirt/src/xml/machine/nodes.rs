@@ -223,6 +223,33 @@ pub fn shown_host(all: &[(u32, HostNodes)]) -> Vec<Element> {
     all.iter().map(one).collect()
 }
 
+/// The threads that a `<defaultiothread>` says that QEMU's main one has for what blocks.
+///
+/// # Errors
+/// XML error; CONFIG_UNSUPPORTED, naming the element.
+pub fn main_pool(e: &Element) -> Result<Option<(Option<u32>, Option<u32>)>, VirError> {
+    let of = |name: &str| e.attribute(name).map(|_| id(e, name, None)).transpose();
+    if let Some((other, _)) =
+        e.attributes().find(|(n, _)| !matches!(*n, "thread_pool_min" | "thread_pool_max"))
+    {
+        return Err(refuse("defaultiothread", format!("{other} is not there")));
+    }
+    let (least, most) = (of("thread_pool_min")?, of("thread_pool_max")?);
+    let large = least.max(most).is_some_and(|n| n > 65_535) || most == Some(0);
+    match large || least.is_some_and(|least| least > most.unwrap_or(64)) {
+        true => {
+            Err(wrong("thread_pool_min must be smaller or equal to thread_pool_max, which is 1 to 65535"))
+        }
+        false => Ok(Some((least, most)).filter(|pool| *pool != (None, None))),
+    }
+}
+
+/// As an element.
+pub fn shown_main_pool((least, most): (Option<u32>, Option<u32>)) -> Element {
+    let e = Element::new("defaultiothread").with_some("thread_pool_min", least);
+    e.with_some("thread_pool_max", most)
+}
+
 /// The room for modules that a `<maxMemory>` says.
 ///
 /// # Errors

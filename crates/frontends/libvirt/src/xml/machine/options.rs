@@ -16,6 +16,8 @@ const VIRTIO: [(&str, &str); 4] =
 const USUAL: [(&str, &str); 2] = [("event_idx", "event-index"), ("ioeventfd", "ioeventfd")];
 /// What a disk shows of itself, each in an element of its own.
 const NAMES: [&str; 4] = ["serial", "wwn", "vendor", "product"];
+/// What a `<driver>` of an interface says of hashes, and the words of it.
+const HASHES: [(&str, &str); 2] = [("rss", "rss"), ("rss_hash_report", "hash")];
 /// What else a `<driver>` of a disk says that is held here.
 const OF_DISKS: [&str; 4] = ["queues", "queue_size", "error_policy", "rerror_policy"];
 
@@ -152,6 +154,9 @@ pub fn of_nic(e: &Element, virtio: bool) -> Result<NicOptions, VirError> {
         None => {}
     }
     all.extend(of(driver, "rx_queue_size").map(|n| format!("rx-queue-size={n}")));
+    for (name, word) in HASHES {
+        all.extend((of(driver, name) == Some("on")).then(|| word.to_owned()));
+    }
     for (side, prefix) in [("host", ""), ("guest", "guest-")] {
         let Some(side) = driver.and_then(|d| d.find(side)) else { continue };
         for (name, _) in side.attributes().filter(|(_, value)| *value == "off") {
@@ -262,7 +267,7 @@ pub fn nic_now(kept: Option<&Element>, now: &NicOptions, virtio: bool) -> Elemen
     }
     let mut driver = taken(&mut e, "driver");
     bare(&mut driver);
-    ["txmode", "rx_queue_size"].iter().for_each(|name| driver.unset(name));
+    ["txmode", "rx_queue_size", "rss", "rss_hash_report"].iter().for_each(|name| driver.unset(name));
     for side in ["host", "guest"] {
         taken(&mut driver, side);
     }
@@ -274,6 +279,11 @@ pub fn nic_now(kept: Option<&Element>, now: &NicOptions, virtio: bool) -> Elemen
     }
     if let Some(size) = now.receive_queue {
         driver.set("rx_queue_size", size);
+    }
+    for ((name, _), on) in HASHES.into_iter().zip([now.rss, now.hash]) {
+        if on {
+            driver.set(name, "on");
+        }
     }
     let (mut host, mut guest) = (Element::new("host"), Element::new("guest"));
     for (word, _) in OFFLOADS.into_iter().filter(|known| now.without().any(|off| off == *known)) {
@@ -359,6 +369,8 @@ mod tests {
         for (text, words) in [
             ("<interface/>", None),
             ("<interface><driver name='vhost' ioeventfd='on'/><rom bar='on'/></interface>", None),
+            ("<interface><driver rss='on' rss_hash_report='on'/></interface>", Some("rss,hash")),
+            ("<interface><driver rss='off' rss_hash_report='off'/></interface>", None),
             (
                 "<interface><driver txmode='iothread' packed='on' event_idx='off'/><rom file=''/></interface>",
                 Some("packed,event-index=off,rom=off,tx=loop"),

@@ -1,7 +1,10 @@
 //! From domain XML to the typed form.
 
 use super::{
-    Disk, Kernel, Machine, Nic, Opaque, Screen, Source, aliases, board, iotune, kept, number, options, pci_of, places, ports, priority, processor, refuse, scsi, shares, sizes::{self, Cpus}, tuning, wrong, hostdevs,
+    Disk, Kernel, Machine, Nic, Opaque, Screen, Source, aliases, board, hostdevs, iotune, kept, number,
+    options, pci_of, places, ports, priority, processor, refuse, scsi, shares,
+    sizes::{self, Cpus},
+    tuning, wrong,
 };
 use crate::{
     error::VirError,

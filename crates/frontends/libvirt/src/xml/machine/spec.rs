@@ -1,7 +1,7 @@
 //! From the typed form to the engine's words: keys, devices and places of a new machine, or of one that is there. Of one that
 //! is there only what the document changes is changed, so that what libvirt has no word for stays.
 
-use super::{Disk, Kernel, Machine, Nic, Source, places::Places, refuse, shares, sizes, tuning, hostdevs};
+use super::{Disk, Kernel, Machine, Nic, Source, hostdevs, places::Places, refuse, shares, sizes, tuning};
 use crate::{
     calls::domain::{METADATA, OPAQUE, TITLE},
     error::VirError,

@@ -1,7 +1,12 @@
 //! From an instance to domain XML, with what was kept of the document that it was defined by.
 
 use super::{
-    Kernel, Opaque, ShownGuard, Source, aliases, board, iotune, kept, nodes, options, owned, parts, pci_of, places, places::Places, ports, priority, processor, read, screens, scsi, shares, sizes::{self, Cpus}, target, tuning, hostdevs,
+    Kernel, Opaque, ShownGuard, Source, aliases, board, hostdevs, iotune, kept, nodes, options, owned, parts,
+    pci_of, places,
+    places::Places,
+    ports, priority, processor, read, screens, scsi, shares,
+    sizes::{self, Cpus},
+    target, tuning,
 };
 use crate::{
     calls::domain::{METADATA, OPAQUE, TITLE},
@@ -256,6 +261,7 @@ pub fn document(shown: &Shown<'_>) -> Result<String, VirError> {
                 same_model && cells && board::layout(kept, shown.cpus.most).is_ok_and(|layout| layout == now)
             }
             "maxMemory" => nodes::slots(kept).is_ok_and(|room| Some(room) == on_board.slots),
+            "defaultiothread" => nodes::main_pool(kept).is_ok_and(|pool| pool == on_board.main_pool),
             "genid" => board::generation(kept).is_ok_and(|g| Some(g) == on_board.generation),
             "memoryBacking" => {
                 board::backing(kept) == on_board.memory && nodes::pages(kept) == nodes::pages_of(&on_board)
@@ -275,6 +281,7 @@ pub fn document(shown: &Shown<'_>) -> Result<String, VirError> {
     }
     let said = |name: &str| e.find(name).is_some();
     let (genid, pm, backing, room) = (said("genid"), said("pm"), said("memoryBacking"), said("maxMemory"));
+    let pool = said("defaultiothread");
     board::show_domain(
         &mut e,
         &Board {
@@ -283,6 +290,7 @@ pub fn document(shown: &Shown<'_>) -> Result<String, VirError> {
             hibernates: on_board.hibernates && !pm,
             memory: on_board.memory.filter(|_| !backing),
             slots: on_board.slots.filter(|_| !room),
+            main_pool: on_board.main_pool.filter(|_| !pool),
             numa_memory: if backing { vec![] } else { on_board.numa_memory.clone() },
             ..on_board.clone()
         },
