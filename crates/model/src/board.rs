@@ -191,8 +191,14 @@ pub struct NumaCell {
 /// How the memory of a machine is had of the host.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, Default)]
 pub struct Memory {
-    /// It is a file without a name.
+    /// It is a file without a name, in memory.
     pub file: bool,
+    /// It is a file without a name beside what the host has of the machine: on its disk.
+    #[serde(default)]
+    pub disk: bool,
+    /// None of it is swapped out.
+    #[serde(default)]
+    pub locked: bool,
     /// Others whom QEMU hands it to see what is written there.
     pub shared: bool,
     /// All of it is there from the start.
@@ -222,6 +228,8 @@ impl Memory {
         for part in text.split(',') {
             match part.trim().split_once('=').unwrap_or((part.trim(), "")) {
                 ("file", "") => found.file = true,
+                ("disk", "") => found.disk = true,
+                ("locked", "") => found.locked = true,
                 ("shared", "") => found.shared = true,
                 ("allocated", "") => found.allocated = true,
                 ("unmerged", "") => found.unmerged = true,
@@ -231,11 +239,17 @@ impl Memory {
                 }
                 _ => {
                     let text = format!(
-                        "{part:?} is not there; file, shared, allocated, unmerged and hugepages=2MiB are"
+                        "{part:?} is not there; file, disk, locked, shared, allocated, unmerged and hugepages=2MiB are"
                     );
                     return Err(wrong(MEMORY, text));
                 }
             }
+        }
+        if found.disk && (found.file || found.pages.is_some()) {
+            return Err(wrong(
+                MEMORY,
+                "disk is beside file and hugepages, which are in the host's memory; say one of them",
+            ));
         }
         match found.is_possible() {
             true => Ok(found),
@@ -246,6 +260,8 @@ impl Memory {
     fn text(&self) -> String {
         let words = [
             (self.file, "file".to_owned()),
+            (self.disk, "disk".into()),
+            (self.locked, "locked".into()),
             (self.shared, "shared".into()),
             (self.allocated, "allocated".into()),
             (self.unmerged, "unmerged".into()),
@@ -869,7 +885,7 @@ mod tests {
             (HPET, "true"),
             (INPUT, "tablet,mouse"),
             (parts::IOMMU, "intel,intremap=on,caching,eim=on,iotlb,width=48"),
-            (MEMORY, "file,shared,allocated,unmerged,hugepages=2MiB"),
+            (MEMORY, "file,locked,shared,allocated,unmerged,hugepages=2MiB"),
             (nodes::MODULES, "512MiB@0+slot=3+private+hugepages=2MiB+bind:0-1,3;64MiB@1"),
             (nodes::SLOTS, "16:4096MiB"),
             (NUMA, "0-3,8:512MiB;4-7:1024MiB"),
@@ -922,6 +938,8 @@ mod tests {
             (&[(SOUND, "loud")], SOUND),
             (&[(MEMORY, "hugepages=3MiB")], MEMORY),
             (&[(MEMORY, "fast")], MEMORY),
+            (&[(MEMORY, "file,disk")], MEMORY),
+            (&[(MEMORY, "disk,hugepages")], MEMORY),
             (&[(VIDEO, "none,qxl")], VIDEO),
             (&[(VIDEO, "qxl,cirrus")], VIDEO),
             (&[(WATCHDOG, "ib700:bark")], WATCHDOG),

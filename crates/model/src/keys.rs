@@ -209,7 +209,7 @@ pub const INSTANCE_KEYS: &[Key] = &[
         VirtualMachine,
         "",
         false,
-        "How memory is had of the host: file, shared, allocated (from the start), unmerged, hugepages or hugepages=2MiB.",
+        "How memory is had of the host: file, disk (a file of the file system that its state is on), locked, shared, allocated (from the start), unmerged, hugepages or hugepages=2MiB.",
     ),
     key("hardware.memory.modules", Text, VirtualMachine, "", false, of_board::MODULES),
     key("hardware.memory.slots", Text, VirtualMachine, "", false, of_board::SLOTS),

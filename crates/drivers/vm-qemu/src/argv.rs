@@ -66,6 +66,8 @@ pub mod fd {
     pub const KERNEL: i32 = 16;
     /// Initial file system of the kernel.
     pub const INITRD: i32 = 36;
+    /// Directory of the files that its memory is in.
+    pub const MEMORY: i32 = 37;
     /// First string of the SMBIOS.
     pub const STRINGS: i32 = 240;
     /// First tap.
@@ -244,6 +246,9 @@ pub fn argv(m: &Machine) -> Result<Vec<String>> {
     }
     let (size, base) = board::size(&m.spec.board, m.memory)?;
     opt("-m", size);
+    if m.spec.board.memory.is_some_and(|memory| memory.locked) {
+        opt("-overcommit", "mem-lock=on".into());
+    }
     for (option, value) in board::memory(&with_memory, base)? {
         opt(option, value);
     }

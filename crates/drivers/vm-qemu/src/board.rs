@@ -3,7 +3,10 @@
 //! Each class of PCI devices has one device number of the root bus, and the place in its list is the function: so addresses
 //! follow from the machine's keys alone, and are no others' (disks and NICs have 08 to 17, or root ports).
 
-use crate::devices::{Bus, Disk, Layout, virtio};
+use crate::{
+    argv::fd,
+    devices::{Bus, Disk, Layout, virtio},
+};
 use karst_model::{
     Error, Result,
     board::{
@@ -175,8 +178,17 @@ fn backend(memory: Option<&Memory>, id: &str, size: u64) -> Value {
         return json!({"qom-type": "memory-backend-ram", "id": id, "size": size});
     };
     let file = m.file || m.shared || m.pages.is_some();
-    let kind = if file { "memory-backend-memfd" } else { "memory-backend-ram" };
+    let on_disk = m.disk && m.pages.is_none();
+    let kind = match (on_disk, file) {
+        (true, _) => "memory-backend-file",
+        (false, true) => "memory-backend-memfd",
+        (false, false) => "memory-backend-ram",
+    };
     let mut object = json!({"qom-type": kind, "id": id, "size": size, "share": m.shared});
+    if on_disk {
+        // A directory: what QEMU makes there has no name a moment later.
+        object["mem-path"] = format!("/proc/self/fd/{}", fd::MEMORY).into();
+    }
     if m.allocated {
         object["prealloc"] = true.into();
     }
@@ -623,6 +635,21 @@ mod tests {
         -device {"driver":"usb-mouse","id":"usb-device1","bus":"usb0.0","port":"1.2"}
         -device {"driver":"usb-tablet","id":"usb-device2","bus":"usb1.0","port":"1"}
         -device {"driver":"usb-kbd","id":"usb-device3","bus":"usb0.0"}
+        "#);
+    }
+
+    #[test]
+    fn memory_is_on_the_disk_of_the_host_but_for_huge_pages() {
+        let all = board(&[
+            ("hardware.memory", "disk,shared"),
+            ("hardware.numa", "0:64MiB;1:64MiB"),
+            ("hardware.numa.memory", "1=private+hugepages=2MiB"),
+        ]);
+        insta::assert_snapshot!(lines(memory(&all, 128 << 20).unwrap()), @r#"
+        -object {"qom-type":"memory-backend-file","id":"memory0","size":67108864,"share":true,"mem-path":"/proc/self/fd/37"}
+        -numa node,nodeid=0,cpus=0,memdev=memory0
+        -object {"qom-type":"memory-backend-memfd","id":"memory1","size":67108864,"share":false,"hugetlb":true,"hugetlbsize":2097152}
+        -numa node,nodeid=1,cpus=1,memdev=memory1
         "#);
     }
 

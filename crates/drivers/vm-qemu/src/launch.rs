@@ -384,6 +384,10 @@ pub(crate) fn prepare(
     let layout = Layout::of(&spec.machine, spec.ports)?;
     let (mut fds, mut disks) = (vec![], vec![]);
     let mut lower = fd::LAYER;
+    let memory = spec.board.memory.unwrap_or_default();
+    if memory.disk {
+        fds.push((fd::MEMORY, place_of_memory(&guest.state_dir, guest.ids.base)?));
+    }
     for (i, disk) in directories::drives(guest).enumerate() {
         let number = fd::DISK + 2 * i as i32;
         let mut block_device = false;
@@ -487,14 +491,41 @@ pub(crate) fn prepare(
         clear_capabilities: true,
         keeper_cgroups: cgroups.dirs(&groups.keeper),
         cgroups: cgroups.dirs(&groups.machine),
-        // No core dump: it would hold the guest's memory.
-        rlimits: vec![(libc::RLIMIT_CORE, 0, 0), (libc::RLIMIT_NOFILE, 16384, 16384)],
+        rlimits: process_limits(memory.locked),
         fds: numbers,
         console: Console::Socket(fd::CONSOLE),
         log_size: CONSOLE_LOG,
         ..Spec::default()
     };
     Ok((spec, fds))
+}
+
+/// Limits of QEMU's process. No core dump: it would hold the guest's memory.
+fn process_limits(locked: bool) -> Vec<(u32, u64, u64)> {
+    let mut all = vec![(libc::RLIMIT_CORE, 0, 0), (libc::RLIMIT_NOFILE, 16384, 16384)];
+    if locked {
+        all.push((libc::RLIMIT_MEMLOCK, libc::RLIM_INFINITY, libc::RLIM_INFINITY));
+    }
+    all
+}
+
+/// A directory that QEMU's user alone makes files in: those of its memory, which lose their names as soon as they are made. What one left
+/// that was killed in between goes.
+fn place_of_memory(dir: &Path, id: u32) -> Result<OwnedFd> {
+    let place = dir.join("memory");
+    match std::fs::create_dir(&place) {
+        Err(e) if e.kind() != std::io::ErrorKind::AlreadyExists => return Err(e.into()),
+        _ => {}
+    }
+    for entry in std::fs::read_dir(&place)? {
+        std::fs::remove_file(entry?.path())?;
+    }
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let opened = rustix::fs::open(&place, flags, Mode::empty()).map_err(std::io::Error::from)?;
+    rustix::fs::fchmod(&opened, Mode::from_raw_mode(0o700)).map_err(std::io::Error::from)?;
+    let (user, group) = (rustix::process::Uid::from_raw(id), rustix::process::Gid::from_raw(id));
+    rustix::fs::fchown(&opened, Some(user), Some(group)).map_err(std::io::Error::from)?;
+    Ok(opened)
 }
 
 /// What QEMU is told by its environment: the time zone of the clock of its hardware too.

@@ -54,6 +54,11 @@ const PARTS: &[(&str, &[(&str, &str)], &str)] = &[
         "<page size='4' unit='KiB'/>",
     ),
     (
+        "<memoryBacking><locked/><source type='file'/><access mode='shared'/></memoryBacking>",
+        &[("hardware.memory", "disk,locked,shared")],
+        "<source type='file'/>",
+    ),
+    (
         "<defaultiothread thread_pool_min='8' thread_pool_max='16'/>",
         &[("hardware.main_thread.pool", "8-16")],
         "<defaultiothread thread_pool_min='8' thread_pool_max='16'/>",

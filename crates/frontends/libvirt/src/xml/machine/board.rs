@@ -179,6 +179,9 @@ pub fn backing(e: &Element) -> Option<Memory> {
     };
     let memory = Memory {
         file: is("source", "type", "memfd"),
+        // Huge pages are of a file system that is in memory, whatever else is said.
+        disk: is("source", "type", "file") && e.find("hugepages").and_then(of_all).is_none(),
+        locked: e.find("locked").is_some(),
         shared: is("access", "mode", "shared"),
         allocated: is("allocation", "mode", "immediate"),
         unmerged: e.find("nosharepages").is_some(),
@@ -205,7 +208,8 @@ pub fn is_backing(e: &Element) -> bool {
             })
     };
     e.elements().iter().all(|inner| match inner.name() {
-        "source" => only(inner, &[("type", &["memfd", "anonymous"])]),
+        "source" => only(inner, &[("type", &["memfd", "anonymous", "file"])]),
+        "locked" => only(inner, &[]),
         "access" => only(inner, &[("mode", &["shared", "private"])]),
         "allocation" => only(inner, &[("mode", &["immediate", "ondemand"])]),
         "nosharepages" => only(inner, &[]),
@@ -639,6 +643,8 @@ pub fn show_domain(root: &mut Element, board: &Board) {
         for (on, name, attribute, value) in [
             (memory.unmerged, "nosharepages", "", ""),
             (memory.file, "source", "type", "memfd"),
+            (memory.disk, "source", "type", "file"),
+            (memory.locked, "locked", "", ""),
             (memory.shared, "access", "mode", "shared"),
             (memory.allocated, "allocation", "mode", "immediate"),
         ] {
@@ -726,7 +732,7 @@ mod tests {
         assert!(devices_of("<controller type='usb' model='none'/><video/>").unwrap().is_usual());
         for (text, element) in [
             ("<sound model='gus'/>", "sound model: "),
-            ("<sound model='ich6'><codec type='micro'/></sound>", "sound codec: "),
+            ("<sound model='ich6'><codec type='loud'/></sound>", "sound codec: "),
             ("<video><model type='parallels'/></video>", "video model: "),
             ("<video><model type='none'/></video><video><model type='vga'/></video>", "video: "),
             ("<watchdog model='itco'/>", "watchdog model: "),

@@ -76,7 +76,7 @@ const DOMAIN: &[Row] = &[
     (
         "memoryBacking",
         When(board::is_backing),
-        "huge pages of one size for all of it, or of single nodes, source, access, allocation, discard and nosharepages are taken",
+        "huge pages of one size for all of it, or of single nodes, source, access, allocation, discard, locked and nosharepages are taken",
     ),
     (
         "resource",

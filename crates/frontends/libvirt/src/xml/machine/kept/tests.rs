@@ -23,7 +23,7 @@ const SAMPLES: &[(&str, &str, &str, &str)] = &[
         "domain",
         "memoryBacking",
         "<memoryBacking><source type='memfd'/><access mode='shared'/></memoryBacking>",
-        "<memoryBacking><locked/></memoryBacking>",
+        "<memoryBacking><source type='tape'/></memoryBacking>",
     ),
     (
         "domain",
