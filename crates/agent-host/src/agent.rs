@@ -752,7 +752,7 @@ impl RealAgent {
             hostname: spec.hostname,
             state_dir: self.registry.guest_dir(spec.instance),
             ids: record.ids,
-            machine: spec.machine,
+            machine: spec.machine.map(|m| self.options.policy.with_render_node(m)),
             accelerator: match accelerator {
                 Some(forced) => forced,
                 None => karst_vm_qemu::probe::accelerator().kind,

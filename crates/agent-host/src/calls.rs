@@ -113,6 +113,7 @@ impl RealAgent {
                 self.pool(spec.root.pool)?.flatten(spec.root.volume).await?;
             }
             let mut guest = self.resolve(spec, &record, &networks).await?;
+            self.options.policy.demand_render_node(guest.machine.as_ref())?;
             guest.kernel = self.kernel(&guest).await?;
             guest.ports = self.ports(&guest).await?;
             guest.given = self.given_devices(&guest).await?;

@@ -44,6 +44,7 @@ mod publish;
 mod purge;
 mod reach;
 mod registry;
+mod render;
 mod reopen;
 mod resources;
 mod samples;

@@ -70,6 +70,9 @@ pub struct HostPolicy {
     pub port_paths: Vec<PathBuf>,
     /// Addresses that they may listen at and connect to: `127.0.0.1:4555`, `127.0.0.1` for all its ports, `*` for all.
     pub port_addresses: Vec<String>,
+    /// Render nodes of the host's graphics cards (`/dev/dri/renderD128`) with which QEMU may draw the screens of virtual machines. Whoever
+    /// gets out of such a machine has the driver of the card before him.
+    pub render_nodes: Vec<PathBuf>,
     /// What uploads of images may take.
     pub uploads: crate::staging::UploadLimits,
     /// What backups may take.

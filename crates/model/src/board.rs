@@ -127,6 +127,9 @@ pub struct Board {
     /// `hardware.video`: without any it has the VGA card.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub video: Vec<Video>,
+    /// `hardware.video.render`: the node of a graphics card of the host that screens are drawn with, or [`AUTO_RENDER`].
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub render: Option<String>,
     /// `hardware.watchdog`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub watchdog: Option<Watchdog>,
@@ -358,6 +361,8 @@ words!(
         Qxl = "qxl",
         /// virtio, without acceleration.
         Virtio = "virtio",
+        /// The same, drawn by a graphics card of the host.
+        VirtioGl = "virtio-gl",
         /// VMware's.
         Vmvga = "vmvga",
         /// The standard card without VGA's registers.
@@ -435,6 +440,9 @@ const INPUT: &str = "hardware.input";
 const SOUND: &str = "hardware.sound";
 const MAIN_POOL: &str = "hardware.main_thread.pool";
 const VIDEO: &str = "hardware.video";
+const RENDER: &str = "hardware.video.render";
+/// The host chooses the graphics card.
+pub const AUTO_RENDER: &str = "auto";
 const WATCHDOG: &str = "hardware.watchdog";
 const MEMORY: &str = "hardware.memory";
 const PANIC: &str = "hardware.panic";
@@ -639,6 +647,18 @@ fn main_pool_text((least, most): (Option<u32>, Option<u32>)) -> String {
     format!("{}-{}", of(least), of(most))
 }
 
+/// The name of a render node, or of none in particular.
+fn render(text: &str) -> Result<String> {
+    let name = text.strip_prefix("/dev/dri/");
+    let good = name.is_some_and(|n| !n.is_empty() && n.bytes().all(|b| b.is_ascii_alphanumeric()));
+    match good || text == AUTO_RENDER {
+        true => Ok(text.to_owned()),
+        false => {
+            Err(wrong(RENDER, format!("{text:?}: write auto, or a render node such as /dev/dri/renderD128")))
+        }
+    }
+}
+
 fn watchdog(text: &str) -> Result<Watchdog> {
     let (model, end) = text.split_once(':').unwrap_or((text, "reset"));
     Ok(Watchdog { model: word(WATCHDOG, model, WATCHDOGS)?, end: word(WATCHDOG, end, WATCHDOG_ENDS)? })
@@ -693,6 +713,7 @@ impl Board {
             sound_codecs: codecs.unwrap_or_default(),
             main_pool: set(config, MAIN_POOL).map(main_pool).transpose()?,
             video: list(config, VIDEO, MOST, |text| word(VIDEO, text, VIDEOS))?,
+            render: set(config, RENDER).map(render).transpose()?,
             watchdog: set(config, WATCHDOG).map(watchdog).transpose()?,
             panic: flag(PANIC),
             balloon_deflates: flag(DEFLATE),
@@ -744,9 +765,17 @@ impl Board {
             if self.video.contains(&Video::Absent) {
                 return Err(wrong(VIDEO, "none is alone"));
             }
-            if self.video[1..].iter().any(|v| !matches!(v, Video::Qxl | Video::Virtio | Video::Bochs)) {
-                return Err(wrong(VIDEO, "further screens are on qxl, virtio or bochs"));
+            let further =
+                |v: &Video| matches!(v, Video::Qxl | Video::Virtio | Video::VirtioGl | Video::Bochs);
+            if !self.video[1..].iter().all(further) {
+                return Err(wrong(VIDEO, "further screens are on qxl, virtio, virtio-gl or bochs"));
             }
+        }
+        if self.video.contains(&Video::VirtioGl) && self.render.is_none() {
+            return Err(wrong(
+                VIDEO,
+                "virtio-gl is drawn by a graphics card of the host; set hardware.video.render",
+            ));
         }
         if self.sound.iter().filter(|s| **s == Sound::Pcspk).count() > 1 {
             return Err(wrong(SOUND, "a machine has one speaker (pcspk)"));
@@ -844,6 +873,7 @@ impl Board {
             (USB, joined(&self.usb, controller)),
             (USB_DEVICES, joined(&self.usb_devices, device)),
             (VIDEO, joined(&self.video, |v| v.as_str().to_owned())),
+            (RENDER, self.render.clone()),
             (parts::VIRTIO, parts::virtio_text(&self.virtio)),
             (WATCHDOG, self.watchdog.map(|w| format!("{}:{}", w.model.as_str(), w.end.as_str()))),
         ]
@@ -902,6 +932,7 @@ mod tests {
             (USB, "ich9-ehci1,ich9-uhci1:0,ich9-uhci2:2,qemu-xhci:15"),
             (USB_DEVICES, "hub@0:1,mouse@0:1.2,tablet"),
             (VIDEO, "qxl,qxl"),
+            (RENDER, "/dev/dri/renderD128"),
             (parts::VIRTIO, "balloon=ats,input1=iommu+page-per-queue,scsi=packed"),
             (WATCHDOG, "i6300esb:poweroff"),
         ];
@@ -942,6 +973,9 @@ mod tests {
             (&[(MEMORY, "disk,hugepages")], MEMORY),
             (&[(VIDEO, "none,qxl")], VIDEO),
             (&[(VIDEO, "qxl,cirrus")], VIDEO),
+            (&[(VIDEO, "virtio-gl")], VIDEO),
+            (&[(RENDER, "/dev/sda")], RENDER),
+            (&[(RENDER, "/dev/dri/../sda")], RENDER),
             (&[(WATCHDOG, "ib700:bark")], WATCHDOG),
             (&[(GENERATION, "x")], GENERATION),
             (&[(SLEEP, "often")], SLEEP),

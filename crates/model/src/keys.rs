@@ -308,8 +308,9 @@ pub const INSTANCE_KEYS: &[Key] = &[
         VirtualMachine,
         "vga",
         false,
-        "What screens are on: vga, cirrus, qxl, virtio, vmvga, bochs, ramfb, none; further ones on qxl, virtio or bochs.",
+        "What screens are on: vga, cirrus, qxl, virtio, virtio-gl, vmvga, bochs, ramfb, none; further ones on qxl, virtio, virtio-gl or bochs.",
     ),
+    key("hardware.video.render", Text, VirtualMachine, "", false, of_board::RENDER),
     key("hardware.virtio", Text, VirtualMachine, "", false, of_board::VIRTIO),
     key(
         "hardware.watchdog",

@@ -186,7 +186,7 @@ pub fn argv(m: &Machine) -> Result<Vec<String>> {
     for flag in ["-nodefaults", "-no-user-config"] {
         opt(flag, String::new());
     }
-    opt("-display", "none".into());
+    opt("-display", board::display(&m.spec.board)?);
     opt("-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny".into());
     opt("-msg", "timestamp=on".into());
 

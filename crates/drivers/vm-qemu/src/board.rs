@@ -4,7 +4,7 @@
 //! follow from the machine's keys alone, and are no others' (disks and NICs have 08 to 17, or root ports).
 
 use crate::{
-    argv::fd,
+    argv::{fd, word},
     devices::{Bus, Disk, Layout, virtio},
 };
 use karst_model::{
@@ -394,6 +394,21 @@ fn sound(
     }
 }
 
+/// What draws the screens: nothing of the host's, or a graphics card.
+///
+/// # Errors
+/// Invalid for what names none, as one that its host was to choose.
+pub fn display(board: &Board) -> Result<String> {
+    const KEY: &str = "config.hardware.video.render";
+    match board.render.as_deref() {
+        None => Ok("none".to_owned()),
+        Some(path) if path.starts_with("/dev/dri/") => {
+            Ok(format!("egl-headless,rendernode={}", word(KEY, path, "/")?))
+        }
+        Some(_) => Err(Error::invalid(KEY, "this host has no graphics card for it")),
+    }
+}
+
 /// The screens of a machine that has any.
 ///
 /// # Errors
@@ -411,6 +426,8 @@ pub fn screens(board: &Board, layout: Layout) -> Result<Vec<Argument>> {
             (Video::Qxl, _) => "qxl",
             (Video::Virtio, 0) => "virtio-vga",
             (Video::Virtio, _) => "virtio-gpu-pci",
+            (Video::VirtioGl, 0) => "virtio-vga-gl",
+            (Video::VirtioGl, _) => "virtio-gpu-gl-pci",
             (Video::Vmvga, _) => "vmware-svga",
             (Video::Bochs, _) => "bochs-display",
             // It is on no bus.
@@ -650,6 +667,21 @@ mod tests {
         -numa node,nodeid=0,cpus=0,memdev=memory0
         -object {"qom-type":"memory-backend-memfd","id":"memory1","size":67108864,"share":false,"hugetlb":true,"hugetlbsize":2097152}
         -numa node,nodeid=1,cpus=1,memdev=memory1
+        "#);
+    }
+
+    #[test]
+    fn a_graphics_card_draws_where_it_is_named() {
+        assert_eq!(display(&Board::default()).unwrap(), "none");
+        let of = |render: &str| {
+            board(&[("hardware.video", "virtio-gl,virtio-gl"), ("hardware.video.render", render)])
+        };
+        let named = of("/dev/dri/renderD128");
+        assert_eq!(display(&named).unwrap(), "egl-headless,rendernode=/dev/dri/renderD128");
+        assert!(display(&of("auto")).is_err(), "the host says which");
+        insta::assert_snapshot!(lines(screens(&named, PC).unwrap()), @r#"
+        -device {"driver":"virtio-vga-gl","id":"video","bus":"pci.0","addr":"0x1b.0x0","multifunction":true}
+        -device {"driver":"virtio-gpu-gl-pci","id":"video1","bus":"pci.0","addr":"0x1b.0x1"}
         "#);
     }
 

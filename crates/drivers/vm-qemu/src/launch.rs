@@ -34,7 +34,7 @@ use std::{
     io::Write,
     os::{
         fd::{AsRawFd, OwnedFd},
-        unix::fs::{FileTypeExt, OpenOptionsExt},
+        unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt},
     },
     path::Path,
     time::Duration,
@@ -385,6 +385,7 @@ pub(crate) fn prepare(
     let (mut fds, mut disks) = (vec![], vec![]);
     let mut lower = fd::LAYER;
     let memory = spec.board.memory.unwrap_or_default();
+    let render = spec.board.render.clone();
     if memory.disk {
         fds.push((fd::MEMORY, place_of_memory(&guest.state_dir, guest.ids.base)?));
     }
@@ -478,6 +479,8 @@ pub(crate) fn prepare(
     cgroups.create(&groups.keeper)?;
 
     let kvm = (guest.accelerator == AcceleratorKind::Kvm).then(kvm_group).flatten();
+    // The host has granted it; QEMU opens it by its name.
+    let card = render.as_deref().map(std::fs::metadata).transpose()?.map(|found| found.gid());
     let (numbers, fds) = fds.into_iter().unzip();
     let spec = Spec {
         daemon: guest.daemon_id.clone(),
@@ -486,7 +489,7 @@ pub(crate) fn prepare(
         program,
         argv: arguments,
         env: environment(guest)?,
-        user: Some((guest.ids.base, guest.ids.base, kvm.into_iter().collect())),
+        user: Some((guest.ids.base, guest.ids.base, kvm.into_iter().chain(card).collect())),
         no_new_privs: true,
         clear_capabilities: true,
         keeper_cgroups: cgroups.dirs(&groups.keeper),

@@ -28,6 +28,7 @@ const MACHINE_LOWLEVEL: &[&str] = &[
     "hardware.numa.memory",
     "hardware.numa.placement",
     "hardware.numa.policy",
+    "hardware.video.render",
     "limits.cpu.shares",
     "limits.memory.hugepages",
     "limits.memory.nodes",

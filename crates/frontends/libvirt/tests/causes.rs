@@ -149,6 +149,17 @@ const DEVICES: &[(&str, &[(&str, &str)], &[&str])] = &[
         &["<driver rss='on' rss_hash_report='on'/>", "<codec type='output'/>"],
     ),
     (
+        "<graphics type='vnc' port='-1' autoport='yes'/><graphics type='egl-headless'/>\
+         <video><model type='virtio'><acceleration accel3d='yes'/></model></video>",
+        &[("hardware.video", "virtio-gl"), ("hardware.video.render", "auto")],
+        &["<graphics type='egl-headless'/>", "<acceleration accel3d='yes'/>"],
+    ),
+    (
+        "<graphics type='egl-headless'><gl rendernode='/dev/dri/renderD128'/></graphics>",
+        &[("hardware.video.render", "/dev/dri/renderD128")],
+        &["<gl rendernode='/dev/dri/renderD128'/>"],
+    ),
+    (
         "<serial type='pty'><target type='isa-debug'/><address type='isa' iobase='0x402'/></serial>",
         &[("debug0/port", "debug"), ("debug0/to", "stream")],
         &["<target type='isa-debug'/>"],
@@ -194,6 +205,8 @@ const REFUSED: &[(&str, &str, &str)] = &[
     ),
     ("", "<controller type='scsi' index='0' model='lsilogic'/>", "controller model"),
     ("", "<sound model='ac97'><codec type='micro'/></sound>", "sound codec"),
+    ("", "<video><model type='virtio'><acceleration accel3d='yes'/></model></video>", "video"),
+    ("", "<graphics type='egl-headless'><gl rendernode='/dev/sda'/></graphics>", "graphics gl"),
     ("", "<sound model='ich6'><codec type='loud'/></sound>", "sound codec"),
     (
         "",

@@ -46,6 +46,9 @@ pub const SCSI: &str = "Controllers of SCSI, the first of them virtio-scsi: virt
 /// `hardware.sound.codecs`.
 pub const CODECS: &str = "Codecs of cards ich6 and ich9, by their place in hardware.sound from 0: duplex (the usual one), micro, output, \
     as in 0=micro+output.";
+/// `hardware.video.render`.
+pub const RENDER: &str = "Draws the screens with a graphics card of the host: auto, or a render node such as /dev/dri/renderD128. The host has to let \
+    it: render_nodes in host-policy.toml.";
 /// `hardware.virtio`.
 pub const VIRTIO: &str = "What of the machine's own devices of virtio is not as usual, of balloon, scsi, serial, input0: iommu, ats, \
     packed, page-per-queue, as in balloon=iommu+ats,scsi=packed.";

@@ -7,9 +7,9 @@ use crate::{error::VirError, xml::Element};
 use karst_model::{
     ByteSize,
     board::{
-        Board, Features, Memory, NumaCell, POINTERS, Pointer, Rng, SOUND_CODECS, SOUNDS, Sound, SoundCodec,
-        Topology, USB_KINDS, USB_MODELS, UsbController, UsbDevice, UsbKind, UsbModel, VIDEOS, Video,
-        WATCHDOG_ENDS, WATCHDOGS, Watchdog, WatchdogEnd, WatchdogModel, is_zone, parse_ranges, ranges,
+        AUTO_RENDER, Board, Features, Memory, NumaCell, POINTERS, Pointer, Rng, SOUND_CODECS, SOUNDS, Sound,
+        SoundCodec, Topology, USB_KINDS, USB_MODELS, UsbController, UsbDevice, UsbKind, UsbModel, VIDEOS,
+        Video, WATCHDOG_ENDS, WATCHDOGS, Watchdog, WatchdogEnd, WatchdogModel, is_zone, parse_ranges, ranges,
     },
 };
 use uuid::Uuid;
@@ -158,6 +158,7 @@ fn demand_sense(board: &Board) -> Result<(), VirError> {
             ("memory.slots", "maxMemory"),
             ("numa", "numa"),
             ("iommu", "iommu"),
+            ("video.render", "graphics gl"),
             ("video", "video"),
             ("usb", "controller"),
             ("sound", "sound"),
@@ -371,13 +372,26 @@ pub fn devices(all: &[Element]) -> Result<Board, VirError> {
                 screens += 1;
                 let model = e.find("model");
                 let name = model.and_then(|m| m.attribute("type")).unwrap_or("vga");
+                let drawn = model.and_then(|m| m.find("acceleration")).and_then(|a| a.attribute("accel3d"));
+                // Of those that a card draws the name is the same.
+                let name = match (name, drawn) {
+                    ("virtio", Some("yes")) => "virtio-gl",
+                    ("virtio-gl", _) => "",
+                    (name, _) => name,
+                };
                 let found = of(VIDEOS, name).ok_or_else(|| {
                     refuse(
                         "video model",
-                        format!("'{name}' is not there; vga, cirrus, qxl, virtio, vmvga, bochs and none are"),
+                        format!("'{name}' is not there; vga, cirrus, qxl, virtio, vmvga, bochs, ramfb and none are"),
                     )
                 })?;
                 video.push((model.and_then(|m| m.attribute("primary")) == Some("yes"), found));
+            }
+            "graphics" if e.attribute("type") == Some("egl-headless") => {
+                let node = e.find("gl").and_then(|gl| gl.attribute("rendernode"));
+                if board.render.replace(node.unwrap_or(AUTO_RENDER).to_owned()).is_some() {
+                    return Err(refuse("graphics", "a machine has one of type egl-headless"));
+                }
             }
             "watchdog" => {
                 if board.watchdog.is_some() {
@@ -514,6 +528,9 @@ pub fn stale(kept: &[Element], now: &Board) -> Vec<&'static str> {
     if was.video != now.video {
         stale.push("video");
     }
+    if was.render != now.render {
+        stale.push("graphics");
+    }
     if was.watchdog != now.watchdog {
         stale.push("watchdog");
     }
@@ -575,8 +592,22 @@ pub fn shown(board: &Board, classes: &[&str]) -> Vec<Element> {
         }
     }
     if wanted("video") {
-        let model = |one: &Video| Element::new("model").with("type", one.as_str());
+        let model = |one: &Video| match one {
+            Video::VirtioGl => {
+                let drawn = Element::new("acceleration").with("accel3d", "yes");
+                Element::new("model").with("type", "virtio").child(drawn)
+            }
+            one => Element::new("model").with("type", one.as_str()),
+        };
         all.extend(board.video.iter().map(|one| Element::new("video").child(model(one))));
+    }
+    if let Some(node) = board.render.as_deref().filter(|_| wanted("graphics")) {
+        let gl = Some(node)
+            .filter(|node| *node != AUTO_RENDER)
+            .map(|node| Element::new("gl").with("rendernode", node));
+        let mut e = Element::new("graphics").with("type", "egl-headless");
+        e.push_some(gl);
+        all.push(e);
     }
     if let Some(Watchdog { model, end }) = board.watchdog.filter(|_| wanted("watchdog")) {
         all.push(Element::new("watchdog").with("model", model.as_str()).with("action", end.as_str()));
@@ -802,12 +833,13 @@ mod tests {
             "<allocation mode='immediate'/>",
             "<hugepages><page size='2' unit='MiB' nodeset='0'/></hugepages>",
             "<discard/>",
+            "<locked/><source type='file'/>",
         ] {
             assert!(backing(text), "{text}");
         }
         for text in [
-            "<locked/>",
-            "<source type='file'/>",
+            "<locked unit='KiB'/>",
+            "<source type='tape'/>",
             "<allocation mode='immediate' threads='8'/>",
             "<hugepages><page size='3' unit='MiB'/></hugepages>",
             "<hugepages><page size='2' unit='MiB' nodeset='x'/></hugepages>",

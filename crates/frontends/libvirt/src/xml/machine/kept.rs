@@ -322,16 +322,20 @@ const DEVICES: &[Row] = &[
     (
         "graphics",
         When(graphics),
-        "a machine has a screen of vnc, and one of spice, at an address or by a descriptor, without TLS and sockets",
+        "a machine has a screen of vnc, and one of spice, at an address or by a descriptor, without TLS and sockets, and egl-headless",
     ),
     (
         "video",
         When(|e| {
-            let plain = |a: &Element| is(a, "accel3d", &["no"]) && is(a, "accel2d", &["no"]);
+            let drawn = e.find("model").and_then(|m| said(m, "type")) == Some("virtio");
+            let plain = |a: &Element| {
+                let of = if drawn { &["no", "yes"][..] } else { &["no"] };
+                is(a, "accel3d", of) && is(a, "accel2d", &["no"]) && said(a, "rendernode").is_none()
+            };
             e.find("driver").is_none_or(|d| d.attributes().all(|at| at == ("name", "qemu")))
                 && e.find("model").and_then(|m| m.find("acceleration")).is_none_or(plain)
         }),
-        "screens are not accelerated, and QEMU's without options",
+        "those of virtio alone are accelerated (accel3d, with graphics of type egl-headless), and QEMU's are without options",
     ),
     ("audio", When(|e| is(e, "type", &["none", "spice"])), "sound goes nowhere"),
     ("sound", Kept, ""),
@@ -416,6 +420,12 @@ fn is_spice(e: &Element) -> bool {
 }
 
 fn graphics(e: &Element) -> bool {
+    if said(e, "type") == Some("egl-headless") {
+        return e
+            .elements()
+            .iter()
+            .all(|gl| gl.name() == "gl" && gl.attributes().all(|(n, _)| n == "rendernode"));
+    }
     // Where it listens is looked at by `places`.
     is(e, "type", &["vnc", "spice"])
         && is(e, "tlsPort", &["-1"])

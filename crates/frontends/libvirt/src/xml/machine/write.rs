@@ -517,7 +517,8 @@ fn devices(shown: &Shown<'_>, opaque: &Opaque, on_board: &Board) -> Result<Eleme
     // password since, a place where it listens, or SPICE. What it said of SPICE stands as long as the key says so.
     let listens = shown.places.screens.vnc.is_some();
     let own_word = !shown.config.contains_key(OPAQUE);
-    let asked = given("graphics") || shown.guard.is_some() || listens || own_word;
+    let asked_of = |e: &Element| e.name() == "graphics" && read::protocol(e).is_some();
+    let asked = opaque.devices.iter().any(asked_of) || shown.guard.is_some() || listens || own_word;
     let screen = shown.hardware.display && (asked || shown.spice);
     let said = |e: &Element| {
         let protocol = read::protocol(e).filter(|_| e.name() == "graphics");
@@ -571,6 +572,8 @@ fn devices(shown: &Shown<'_>, opaque: &Opaque, on_board: &Board) -> Result<Eleme
     let there = |e: &&Element| match e.name() {
         "controller" if e.attribute("type") == Some("scsi") => same_scsi,
         "tpm" => parsed.tpm.is_some() && same_tpm,
+        // What draws it is the board's.
+        "graphics" if read::protocol(e).is_none() => !stale.contains(&"graphics"),
         "graphics" => !own_screen && said(e).is_some(),
         "memballoon" => same_balloon,
         // Shown already, as they are.

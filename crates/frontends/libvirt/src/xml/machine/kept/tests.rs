@@ -125,7 +125,7 @@ const SAMPLES: &[(&str, &str, &str, &str)] = &[
         "devices",
         "video",
         "<video><model type='virtio' heads='1'/></video>",
-        "<video><model type='virtio'><acceleration accel3d='yes'/></model></video>",
+        "<video><model type='vga'><acceleration accel3d='yes'/></model></video>",
     ),
     ("devices", "audio", "<audio id='1' type='none'/>", "<audio id='1' type='alsa'/>"),
     ("devices", "memory", "<memory model='dimm'/>", "<memory model='nvdimm'/>"),
