@@ -555,7 +555,7 @@ pub fn show(e: &mut Element, config: &Config, board: &Board, kept: &[Element]) -
         same.nodes == all.nodes
             && nodes::host(written).is_ok_and(|host| host == board.numa_host)
             && nodes::policy(written).is_ok_and(|policy| policy == board.numa_policy)
-            && nodes::placement(vcpu, Some(written)).is_ok_and(|p| p.memory == board.placement.memory)
+            && nodes::placement(vcpu, Some(*written)).is_ok_and(|p| p.memory == board.placement.memory)
     };
     match written.filter(holds) {
         Some(written) => e.push(written.clone()),
