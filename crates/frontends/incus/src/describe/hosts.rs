@@ -185,7 +185,7 @@ shapes! {
     }
 
     /// A secret of a project, without its value.
-    SECRET "Secret" {
+    KEPT_SECRET "Secret" {
         "uuid": Text, "description": Text, "type": Text, "usage": Text, "private": Flag, "ephemeral": Flag,
     }
 

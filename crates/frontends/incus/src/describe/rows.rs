@@ -240,8 +240,8 @@ static KARST_ROWS: &[Described] = described! {
         Sync(List(&Object(&REGISTRY)));
     "PUT" "/1.0/karst/registries/{host}" "Says who a project is at a registry" [PROJECT] Json(&REGISTRY_PUT) => Done;
     "DELETE" "/1.0/karst/registries/{host}" "Forgets it" [PROJECT] Nothing => Done;
-    "GET" "/1.0/karst/secrets" "Secrets of a project" [PROJECT] Nothing => Sync(List(&Object(&SECRET)));
-    "POST" "/1.0/karst/secrets" "Makes a secret" [PROJECT] Json(&SECRETS_POST) => Sync(Object(&SECRET));
+    "GET" "/1.0/karst/secrets" "Secrets of a project" [PROJECT] Nothing => Sync(List(&Object(&KEPT_SECRET)));
+    "POST" "/1.0/karst/secrets" "Makes a secret" [PROJECT] Json(&SECRETS_POST) => Sync(Object(&KEPT_SECRET));
     "PUT" "/1.0/karst/secrets/{uuid}" "Sets its value" [PROJECT] Json(&SECRET_PUT) => Done;
     "DELETE" "/1.0/karst/secrets/{uuid}" "Deletes it" [PROJECT] Nothing => Done;
     "GET" "/1.0/karst/tokens" "API tokens" [] Nothing => Sync(List(&Object(&TOKEN)));

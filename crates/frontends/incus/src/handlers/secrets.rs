@@ -23,8 +23,7 @@ fn view(secret: &Secret) -> Value {
     })
 }
 
-fn named(call: &Call) -> Result<Uuid> {
-    let text = call.param(0);
+fn named(text: &str) -> Result<Uuid> {
     Uuid::parse_str(text).map_err(|_| Error::not_found(format!("no secret with matching uuid {text:?}")))
 }
 
@@ -90,7 +89,7 @@ pub async fn change(call: Call) -> Result<Reply> {
     let (call, mut f) = call.fields().await?;
     let value = SecretValue::new(f.need_text("value")?.into_bytes())?;
     f.finish(&[])?;
-    call.engine().secret_set_value(&call.context, call.project(), named(&call)?, value).await?;
+    call.engine().secret_set_value(&call.context, call.project(), named(call.param(0))?, value).await?;
     Ok(empty())
 }
 
@@ -99,6 +98,6 @@ pub async fn change(call: Call) -> Result<Reply> {
 /// # Errors
 /// Those of the engine.
 pub async fn delete(call: Call) -> Result<Reply> {
-    call.engine().secret_undefine(&call.context, call.project(), named(&call)?).await?;
+    call.engine().secret_undefine(&call.context, call.project(), named(call.param(0))?).await?;
     Ok(empty())
 }

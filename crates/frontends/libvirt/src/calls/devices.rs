@@ -8,7 +8,7 @@ pub(super) use super::sides::{CONFIG, LIVE, live};
 use super::{
     Answered, Named, cold,
     domain::is_running,
-    filesystems, nothing,
+    nothing,
     power::ended,
     sides::{Affects, Edits, Side, affects, asked, edits, write},
     told,

@@ -263,9 +263,9 @@ pub async fn upload(call: Call) -> Answered {
     let part = if image { (0, 0) } else { (offset, length) };
     engine.volume_writable(context, &project, &found.pool, &found.name, part)?;
     let size = found.volume.size.unwrap_or_default();
-    let most = if image { most_of_image(size) } else { size.bytes().saturating_sub(offset) };
+    let stored = found.volume.stored_size().unwrap_or_default().bytes();
+    let most = if image { most_of_image(size) } else { stored.saturating_sub(offset) };
     let room = match length {
-        0 => found.volume.stored_size().unwrap_or_default().bytes().saturating_sub(offset),
         0 => most,
         length if image && length > most => {
             let text = format!("an image of a disk of {} bytes has no more than {most}", size.bytes());

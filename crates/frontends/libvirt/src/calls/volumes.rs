@@ -42,13 +42,6 @@ fn made(call: &Call, pool: &Pool, name: &str) -> Answered {
         .answer()
 }
 
-/// What a new volume is told: its size, and the format of its bytes.
-fn config(size: Option<u64>, image: bool) -> Config {
-    let size = size.map(|s| ("size".to_owned(), s.to_string()));
-    let format = image.then(|| (FORMAT.to_owned(), QCOW2.to_owned()));
-    size.into_iter().chain(format).collect()
-}
-
 fn demand_free(call: &Call, pool: &Pool, name: &str) -> Result<(), VirError> {
     match volumes_of(call, pool)?.iter().any(|f| f.name == name) {
         false => Ok(()),
@@ -58,7 +51,9 @@ fn demand_free(call: &Call, pool: &Pool, name: &str) -> Result<(), VirError> {
 
 /// What a document says of a new volume, as its keys.
 fn config_of(new: &NewVolume, size: Option<u64>) -> Config {
-    let mut config: Config = size.map(|s| ("size".to_owned(), s.to_string())).into_iter().collect();
+    let size = size.map(|s| ("size".to_owned(), s.to_string()));
+    let format = new.image.then(|| (FORMAT.to_owned(), QCOW2.to_owned()));
+    let mut config: Config = size.into_iter().chain(format).collect();
     if let Some((secret, made)) = &new.encryption {
         config.extend(made.keys());
         config.insert(SECRET.into(), secret.to_string());
@@ -81,7 +76,6 @@ pub async fn create(call: Call) -> Answered {
         content: new.content,
         description: String::new(),
         config: config_of(&new, Some(size)),
-        config: config(Some(size), new.image),
     };
     let session = &call.session;
     let project = &session.opened()?.project;
@@ -116,7 +110,6 @@ pub async fn create_from(call: Call) -> Answered {
             content: from.volume.content,
             description: String::new(),
             config: config_of(&new, size),
-            config: config(size, new.image),
         },
     };
     let session = &call.session;
