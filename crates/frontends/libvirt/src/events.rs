@@ -3,7 +3,7 @@
 mod news;
 
 use crate::{
-    calls::{backup, copies::COPY, domain::is_running, figures::disks},
+    calls::{backup, copies, domain::is_running, figures::disks},
     domain_id,
     frame::{Frame, Header},
     instance_uuid,
@@ -13,7 +13,10 @@ use crate::{
 };
 use karst_engine::{
     InstanceView,
-    compute::disk_copy,
+    compute::{
+        disk_copy,
+        disk_copy::{self, merge::Work},
+    },
     events::{
         DISK_THRESHOLD, Event, EventKind, OLD_NAME, PAUSED, RAN, REASON, RESUMED, RUNS, Subject, happened,
         reason,
@@ -360,6 +363,12 @@ async fn block_job(session: &Arc<Session>, event: &Event, operation: &Operation,
     if jobs.insert(operation.id, status) == Some(status) {
         return;
     }
+    let kind = copies::job_type(match text("job") {
+        Some("pull") => Some(Work::Pull),
+        Some("commit") => Some(Work::Commit),
+        Some("active-commit") => Some(Work::ActiveCommit),
+        _ => None,
+    });
     let instance = text("instance").and_then(|i| i.parse::<InstanceId>().ok());
     let guests = session.guests().unwrap_or_default();
     let Some(view) = guests.into_iter().find(|v| Some(v.instance.id) == instance) else { return };
@@ -380,7 +389,7 @@ async fn block_job(session: &Arc<Session>, event: &Event, operation: &Operation,
         if numbered {
             w.i32(number);
         }
-        w.string(&view.instance.name).uuid(uuid).i32(id).string(which).i32(COPY).i32(status);
+        w.string(&view.instance.name).uuid(uuid).i32(id).string(which).i32(kind).i32(status);
         session.send(Frame::new(Header::event(procedure), w.finish())).await;
     }
 }

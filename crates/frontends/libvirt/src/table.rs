@@ -4,7 +4,7 @@
 use crate::{
     calls::{
         backup, checkpoints, connect, console, copies, cpu, define, devices, domain, event, figures,
-        graphics, host, inside, machine, memory, monitor, network, network_update, networks, nodedev,
+        graphics, host, inside, layers, machine, memory, monitor, network, network_update, networks, nodedev,
         nwfilter, plugged, pools, power, secret, sizes, snapshots, stats, storage, threads, transfer, tuning,
         volumes,
     },
@@ -249,6 +249,7 @@ pub const PROCEDURES: &[Procedure] = procedures! {
     237 DOMAIN_BLOCK_JOB_ABORT Change copies::abort;
     238 DOMAIN_GET_BLOCK_JOB_INFO See copies::info;
     239 DOMAIN_BLOCK_JOB_SET_SPEED Change copies::set_speed;
+    240 DOMAIN_BLOCK_PULL Change layers::pull;
     243 DOMAIN_BLOCK_STATS_FLAGS See figures::block_stats_flags;
     244 DOMAIN_SNAPSHOT_GET_PARENT See snapshots::parent;
     245 DOMAIN_RESET Change power::reset;
@@ -289,6 +290,7 @@ pub const PROCEDURES: &[Procedure] = procedures! {
     287 CONNECT_LIST_ALL_SECRETS See secret::list;
     288 NODE_SET_MEMORY_PARAMETERS Change host::set_memory_parameters;
     289 NODE_GET_MEMORY_PARAMETERS See host::memory_parameters;
+    290 DOMAIN_BLOCK_COMMIT Change layers::commit;
     291 NETWORK_UPDATE Change network_update::update;
     293 NODE_GET_CPU_MAP See connect::cpu_map;
     294 DOMAIN_FSTRIM Change inside::trim;
@@ -409,10 +411,6 @@ const NEVER: &[(&[i32], &str)] = &[
     (
         &[123, 124, 428, 429, 430, 434],
         "no devices of the host are made: neither mediated ones nor virtual ports",
-    ),
-    (
-        &[240, 290],
-        "a volume has no chain of images below it from which blocks could be pulled, or to which they could be committed",
     ),
     (
         &[118, 119, 120, 301],

@@ -16,6 +16,7 @@ mod fuzzed;
 mod graphics;
 mod host;
 mod hostdevs;
+mod layers;
 mod memory;
 mod monitor;
 mod network_life;

@@ -756,16 +756,19 @@ async fn snapshots_are_a_tree() {
     assert_eq!(count(&mut client, 0).await, 3);
     client.call(192, &flagged(&all[0], 0)).await.unwrap();
     assert_eq!(client.call(191, &flagged(&v1, 0)).await.unwrap(), all[0]);
-    // External ones are not there, by flag and by document.
-    let disk_only = [
+    // What a disk is to go on in is not there before.
+    let reuse = [
         v1.clone(),
         argument(|w| {
-            w.string("<domainsnapshot/>").u32(16);
+            w.string("<domainsnapshot/>").u32(16 | 32);
         }),
     ]
     .concat();
-    let refused = client.call(185, &disk_only).await.unwrap_err();
-    assert!(refused.0 == Code::OperationUnsupported as i32 && refused.1.contains("external"), "{refused:?}");
+    let refused = client.call(185, &reuse).await.unwrap_err();
+    assert!(
+        refused.0 == Code::OperationUnsupported as i32 && refused.1.contains("by its pool"),
+        "{refused:?}"
+    );
     // Nobody is inside a domain that is off; with memory there is nothing to be still for.
     for (xml, text) in [
         ("<domainsnapshot/>", "not running"),

@@ -1,5 +1,5 @@
-//! Block jobs. There is one kind: a disk of a running machine is copied into a volume, and the machine goes on from the copy, or it
-//! is left as the disk was. A volume has no chain of images below it, so nothing is pulled or committed.
+//! Block jobs. A disk of a running machine is copied into a volume, and the machine goes on from the copy, or it is left as the disk
+//! was. What is begun to layers of a disk ([`super::layers`]) is looked at and ended here as well.
 //!
 //! The disk that an instance owns has the instance's name in its pool (`/karst/POOL/instances/NAME`): copied to that name in another
 //! pool it moves there with its snapshots when the machine goes on from it.
@@ -22,7 +22,7 @@ use crate::{
 };
 use karst_engine::{
     InstanceView,
-    compute::disk_copy::{CopyDisk, CopyTarget, DiskCopyView},
+    compute::disk_copy::{CopyDisk, CopyTarget, DiskCopyView, merge::Work},
 };
 use karst_model::{
     Error, ErrorKind,
@@ -30,8 +30,15 @@ use karst_model::{
 };
 use std::sync::Arc;
 
-/// `VIR_DOMAIN_BLOCK_JOB_TYPE_COPY`
-pub(crate) const COPY: i32 = 2;
+/// `VIR_DOMAIN_BLOCK_JOB_TYPE_*`, of what is copied or merged.
+pub(crate) fn job_type(work: Option<Work>) -> i32 {
+    match work {
+        Some(Work::Pull) => 1,
+        None => 2,
+        Some(Work::Commit) => 3,
+        Some(Work::ActiveCommit) => 4,
+    }
+}
 
 /// `VIR_DOMAIN_BLOCK_COPY_*`, of which those of `VIR_DOMAIN_BLOCK_REBASE_*` have the first two too.
 const SHALLOW: u32 = 1;
@@ -50,11 +57,10 @@ const BYTES: u32 = 1;
 const ASYNC: u32 = 1;
 const PIVOT: u32 = 2;
 
-const NO_CHAIN: &str =
-    "a volume has no chain of images below it from which blocks could come, or to which they could go";
+const NO_CHAIN: &str = "a disk is copied whole, with all that its chain of layers has";
 
 /// The domain, which runs and is a machine, and the device of a disk of it.
-fn disk(call: &Call, named: &Named, path: &str) -> Result<(Arc<InstanceView>, String), VirError> {
+pub(super) fn disk(call: &Call, named: &Named, path: &str) -> Result<(Arc<InstanceView>, String), VirError> {
     if call.opened()?.driver == Driver::Lxc {
         return Err(VirError::no_support(crate::table::name_of(call.header.program, call.header.procedure)));
     }
@@ -62,12 +68,20 @@ fn disk(call: &Call, named: &Named, path: &str) -> Result<(Arc<InstanceView>, St
     if !is_running(&view) {
         return Err(VirError::state("domain is not running"));
     }
-    let device = disk_of(&view, path)?;
+    let device = match disk_of(&view, path) {
+        Ok(device) => device,
+        // The path of a layer.
+        Err(e) => super::layers::by_path(call, &view, path)?.ok_or(e)?,
+    };
     Ok((view, device))
 }
 
 /// The copy of that disk, if one goes on.
-async fn going(call: &Call, view: &InstanceView, device: &str) -> Result<Option<DiskCopyView>, VirError> {
+pub(super) async fn going(
+    call: &Call,
+    view: &InstanceView,
+    device: &str,
+) -> Result<Option<DiskCopyView>, VirError> {
     let session = &call.session;
     let (engine, context) = (&session.front.engine, &session.context);
     let found = engine.disk_copy(context, &view.project.name, &view.instance.name).await?;
@@ -75,14 +89,14 @@ async fn going(call: &Call, view: &InstanceView, device: &str) -> Result<Option<
 }
 
 /// Bytes a second of what clients say in MiB, unless they say `bytes`.
-fn speed(bandwidth: u64, bytes: bool) -> Result<u64, VirError> {
+pub(super) fn speed(bandwidth: u64, bytes: bool) -> Result<u64, VirError> {
     let said = if bytes { Some(bandwidth) } else { bandwidth.checked_mul(1 << 20) };
     let said = said.filter(|n| i64::try_from(*n).is_ok());
     said.ok_or_else(|| VirError::argument(format!("bandwidth must be less than {}", i64::MAX >> 20)))
 }
 
 /// What the engine refuses of a copy, in libvirt's words.
-fn refused(e: Error) -> VirError {
+pub(super) fn refused(e: Error) -> VirError {
     match e.kind {
         ErrorKind::Unsupported => VirError::new(Code::ConfigUnsupported, Part::Qemu, e.to_string()),
         _ => e.into(),
@@ -177,15 +191,19 @@ pub async fn copy(call: Call) -> Answered {
     begin(&call, (&*view, device), to, flags & REUSE != 0, (bandwidth, flags & SYNCHRONOUS != 0)).await
 }
 
-/// `DOMAIN_BLOCK_REBASE`: what it does with COPY; without, there is nothing to rebase.
+/// `DOMAIN_BLOCK_REBASE`: a copy, or without COPY a pull.
 pub async fn rebase(call: Call) -> Answered {
     let (named, path, base, bandwidth, flags) = call.arguments(|r| {
         Ok((Named::read_domain(r)?, r.string()?, r.option(|r| r.string())?, r.u64()?, r.u32()?))
     })?;
     call.known_flags(flags, SHALLOW | REUSE | RAW | REBASE_COPY | RELATIVE | DEVICE | REBASE_BYTES)?;
     let (view, device) = disk(&call, &named, &path)?;
-    if flags & REBASE_COPY == 0 || flags & (SHALLOW | RELATIVE) != 0 {
+    if flags & (SHALLOW | RELATIVE) != 0 {
         return Err(refuse("block rebase", NO_CHAIN));
+    }
+    if flags & REBASE_COPY == 0 {
+        let speed = speed(bandwidth, flags & REBASE_BYTES != 0)?;
+        return super::layers::pull_to(&call, (&*view, device), base.as_deref(), speed).await;
     }
     let base = base.ok_or_else(|| VirError::argument("base cannot be NULL when copying"))?;
     let mut source = xml::Element::new("source");
@@ -246,7 +264,7 @@ pub async fn info(call: Call) -> Answered {
             let bytes = found.state.speed;
             let bandwidth = if flags & BYTES != 0 { bytes } else { bytes.div_ceil(1 << 20) };
             let (done, total) = reached(&found);
-            w.i32(1).i32(COPY).u64(bandwidth).u64(done).u64(total)
+            w.i32(1).i32(job_type(found.work)).u64(bandwidth).u64(done).u64(total)
         }
     };
     Ok(w.finish().into())
@@ -283,7 +301,8 @@ mod tests {
     fn the_end_is_reached_when_it_is_ready() {
         let at = |phase, done, total| {
             let state = DiskCopyState { phase, done, total, speed: 0 };
-            reached(&DiskCopyView { device: "root".into(), state, operation: OperationId(uuid::Uuid::nil()) })
+            let operation = OperationId(uuid::Uuid::nil());
+            reached(&DiskCopyView { device: "root".into(), state, operation, work: None })
         };
         assert_eq!(at(DiskCopyPhase::Copying, 10, 10), (9, 10), "virsh takes the end for ready");
         assert_eq!(at(DiskCopyPhase::Ready, 10, 12), (12, 12));

@@ -3,7 +3,7 @@
 use super::{
     Answered, Named,
     domain::is_running,
-    flag, int, listed, names as some_names, nothing,
+    external, flag, int, listed, names as some_names, nothing,
     power::{ended, kill, start, start_paused},
     text, write_domain,
 };
@@ -125,11 +125,13 @@ const ALL: u32 = 0x7ff;
 /// Which of them are wanted: within a group any of the flags, and each group that has one.
 fn accepts(tree: &Tree, snapshot: &Snapshot, flags: u32) -> bool {
     let leaf = tree.children(snapshot.id).next().is_none();
+    let external = snapshot.external.is_some();
+    let disk_only = snapshot.external.as_ref().is_some_and(|e| e.running);
     let groups = [
         [(METADATA, true), (NO_METADATA, false), (0, false)],
         [(LEAVES, leaf), (NO_LEAVES, !leaf), (0, false)],
-        [(ACTIVE, snapshot.stateful), (INACTIVE, !snapshot.stateful), (DISK_ONLY, false)],
-        [(INTERNAL, true), (EXTERNAL, false), (0, false)],
+        [(ACTIVE, snapshot.stateful), (INACTIVE, !snapshot.stateful && !disk_only), (DISK_ONLY, disk_only)],
+        [(INTERNAL, !external), (EXTERNAL, external), (0, false)],
     ];
     groups.iter().all(|group| {
         let asked = group.iter().any(|(flag, _)| flags & flag != 0);
@@ -270,7 +272,7 @@ const NO_META: u32 = 4;
 const HALT: u32 = 8;
 const DISK: u32 = 16;
 const REUSE: u32 = 32;
-const QUIESCE: u32 = 64;
+pub(super) const QUIESCE: u32 = 64;
 const ATOMIC: u32 = 128;
 const ONLINE: u32 = 256;
 const VALIDATE: u32 = 512;
@@ -282,19 +284,33 @@ pub async fn create(call: Call) -> Answered {
         return redefine(&call, &named, &text, flags).await;
     }
     let refused = [
-        (CURRENT | NO_META, "snapshots are what the pool keeps; their records are not written apart"),
-        (
-            DISK | REUSE,
-            "external snapshots: a disk stays the volume that it is; take one without --disk-only",
-        ),
+        (CURRENT, "snapshots are what the pool keeps; their records are not written apart"),
+        (REUSE, "what a disk goes on in is made by its pool, empty, and is no file that is there"),
         (ONLINE, "the guest is paused for the moment that a snapshot takes"),
     ];
     if let Some((_, why)) = refused.iter().find(|(flag, _)| flags & flag != 0) {
         return Err(unsupported(*why));
     }
-    call.known_flags(flags, HALT | QUIESCE | ATOMIC | VALIDATE)?;
+    call.known_flags(flags, NO_META | DISK | HALT | QUIESCE | ATOMIC | VALIDATE)?;
     let view = call.guest(&named)?;
-    let new = xml::snapshot::read(&text)?;
+    let new = xml::snapshot::read(&text, flags & DISK != 0)?;
+    if new.external.is_some() {
+        let name = new.name.clone().unwrap_or_else(|| now().to_string());
+        external::create(&call, &view, new, (&name, flags)).await?;
+        if flags & HALT != 0 && is_running(&view) {
+            kill(&call, &view).await?;
+        }
+        // Also one without a record is answered by its name.
+        let mut w = Writer::new();
+        w.string(&name);
+        write_domain(&mut w, &view);
+        return Ok(w.finish().into());
+    }
+    if flags & NO_META != 0 {
+        return Err(unsupported(
+            "an internal snapshot is what the pool keeps: it is nothing without its record",
+        ));
+    }
     let still = flags & QUIESCE != 0;
     if still && new.memory == Some(true) {
         return Err(VirError::argument(
@@ -328,7 +344,7 @@ pub async fn create(call: Call) -> Answered {
 }
 
 /// The disks of a machine, also those that only its guest still has, as snapshots of it treat them.
-fn disks(call: &Call, view: &InstanceView) -> Result<Vec<OfDomain>, VirError> {
+pub(super) fn disks(call: &Call, view: &InstanceView) -> Result<Vec<OfDomain>, VirError> {
     let session = &call.session;
     let engine = &session.front.engine;
     let gaps = engine.snapshot_gaps(&session.context, &view.project.name, &view.instance.name)?;
@@ -411,6 +427,10 @@ pub async fn revert(call: Call) -> Answered {
     if flags & RUNNING != 0 && flags & PAUSED != 0 {
         return Err(VirError::argument("running and paused are exclusive"));
     }
+    if snapshot.external.is_some() {
+        let text = "revert to external snapshot not supported yet";
+        return Err(VirError::new(Code::ConfigUnsupported, Part::Qemu, text));
+    }
     let view = &tree.view;
     if is_running(view) && !snapshot.stateful {
         kill(&call, view).await?;
@@ -453,8 +473,19 @@ fn in_the_middle(e: VirError, gone: &[&Snapshot], left: &[&Snapshot]) -> VirErro
 /// `DOMAIN_SNAPSHOT_DELETE`: children of one that goes descend from its parent, unless they go too.
 pub async fn delete(call: Call) -> Answered {
     let (tree, snapshot, flags) = one(&call, CHILDREN | METADATA_ONLY | CHILDREN_ONLY)?;
-    if flags & METADATA_ONLY != 0 {
-        return Err(unsupported("a snapshot is nothing without its record"));
+    let metadata = flags & METADATA_ONLY != 0;
+    let config = |text: &str| VirError::new(Code::ConfigUnsupported, Part::Qemu, text);
+    let children = tree.descendants(snapshot.id);
+    let below = flags & (CHILDREN | CHILDREN_ONLY) != 0;
+    let external = |s: &Snapshot| s.external.is_some();
+    if !metadata && below && children.iter().any(|s| external(s)) {
+        return Err(config(match children.iter().all(|s| external(s)) {
+            true => "deletion of external children disk snapshots not supported",
+            false => "deletion of external and internal children disk snapshots not supported",
+        }));
+    }
+    if !metadata && flags & CHILDREN_ONLY == 0 && external(&snapshot) && !children.is_empty() {
+        return Err(config("deletion of external disk snapshots with children not supported"));
     }
     let mut gone: Vec<&Snapshot> = vec![];
     if flags & (CHILDREN | CHILDREN_ONLY) != 0 {
@@ -463,9 +494,15 @@ pub async fn delete(call: Call) -> Answered {
     if flags & CHILDREN_ONLY == 0 {
         gone.push(&snapshot);
     }
+    if metadata && gone.iter().any(|s| !external(s)) {
+        return Err(unsupported("an internal snapshot is nothing without its record"));
+    }
     let session = &call.session;
     let engine = &session.front.engine;
     for (n, one) in gone.iter().enumerate() {
+        if !metadata && external(one) {
+            super::external::commit(&call, &tree.view, one).await?;
+        }
         let deleted = match engine.snapshot_delete(&session.context, tree.origin(), &one.name).await {
             Ok(operation) => ended(operation).await,
             Err(e) => Err(e.into()),

@@ -134,6 +134,16 @@ pub fn document_of(
             let found = records.custom_volume(instance.project, pool, volume);
             found.is_some_and(|v| v.content == VolumeContent::Iso)
         };
+        let layers = |pool: &str, volume: &str| {
+            let own = volume == super::machine::owned(&instance.name);
+            let found = match own {
+                true => records.volumes.get(&instance.root),
+                false => records.custom_volume(instance.project, pool, volume),
+            };
+            let all = found.map(|v| v.layers.all.as_slice()).unwrap_or_default();
+            all.iter().map(|l| l.name.clone()).collect::<Vec<_>>()
+        };
+        let layers = &layers;
         let id = Some(domain_id(view)).filter(|_| live);
         let disc = &disc;
         let spice = hardware.display && speaks_spice(config, live.then_some(&facts));
@@ -154,6 +164,7 @@ pub fn document_of(
             places,
             listeners,
             guard,
+            layers,
             disc,
             bridge,
         };

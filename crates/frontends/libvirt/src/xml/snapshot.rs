@@ -6,7 +6,11 @@ use crate::{
     session::Call,
 };
 use karst_engine::{InstanceView, compute::expand::parse_devices};
-use karst_model::{device::DiskBus, instance::Instance, snapshot::Snapshot};
+use karst_model::{
+    device::{DISK_BUSES, DiskBus},
+    instance::Instance,
+    snapshot::Snapshot,
+};
 
 /// A snapshot to take.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -17,8 +21,10 @@ pub struct NewSnapshot {
     pub description: String,
     /// With the memory of a running machine; as it runs when absent.
     pub memory: Option<bool>,
-    /// Disks that it names, by target or path of the source, and whether they are to be in it.
+    /// Disks that it names, by target or path of the source, and whether they are to be in it as the pool keeps them.
     pub disks: Vec<(String, bool)>,
+    /// It is external: disks that it names, and where they are to go on, if that is said.
+    pub external: Option<Vec<(String, Option<String>)>>,
 }
 
 /// A disk of a domain, as far as it matters to snapshots.
@@ -123,11 +129,11 @@ pub fn described(new: &Element, now: &Element) -> Result<String, VirError> {
     }
 }
 
-/// Reads the document of a snapshot to take.
+/// Reads the document of a snapshot to take; `disk_only`: disks of which it says nothing go on in other files.
 ///
 /// # Errors
 /// XML error; CONFIG_UNSUPPORTED, naming the element, for what the pool does not do.
-pub fn read(text: &str) -> Result<NewSnapshot, VirError> {
+pub fn read(text: &str, disk_only: bool) -> Result<NewSnapshot, VirError> {
     let root = root(text)?;
     let (name, description) = (name(&root), description(&root));
     let memory = root.find("memory");
@@ -143,29 +149,49 @@ pub fn read(text: &str) -> Result<NewSnapshot, VirError> {
         }
     };
     let mut disks: Vec<(String, bool)> = vec![];
+    let mut external: Vec<(String, Option<String>)> = vec![];
     for disk in root.find("disks").into_iter().flat_map(|d| d.all("disk")) {
         let dev = disk.attribute("name").filter(|n| !n.is_empty());
         let dev = dev.ok_or_else(|| wrong("missing name from disk snapshot element"))?;
-        if disks.iter().any(|(known, _)| known == dev) {
+        if disks.iter().map(|(n, _)| n).chain(external.iter().map(|(n, _)| n)).any(|known| known == dev) {
             return Err(wrong(format!("disk '{dev}' specified twice")));
         }
         let wanted = match disk.attribute("snapshot") {
-            None if disk.find("source").is_some() => {
-                return Err(refuse(&format!(
-                    "disk source: a snapshot of {dev} is kept by its pool, in no other file"
-                )));
+            kind if kind == Some("external")
+                || (kind.is_none() && (disk_only || disk.find("source").is_some())) =>
+            {
+                external.push((dev.to_owned(), layer(disk, dev)?));
+                continue;
             }
             None | Some("internal") => true,
             Some("no") => false,
             Some(other) => {
                 return Err(refuse(&format!(
-                    "disk snapshot: '{other}' of {dev} is not there; no and internal are"
+                    "disk snapshot: '{other}' of {dev} is not there; no, internal and external are"
                 )));
             }
         };
         disks.push((dev.to_owned(), wanted));
     }
-    Ok(NewSnapshot { name, description, memory, disks })
+    let external = (disk_only || !external.is_empty()).then_some(external);
+    Ok(NewSnapshot { name, description, memory, disks, external })
+}
+
+/// Where a disk is to go on, if its document says.
+fn layer(disk: &Element, dev: &str) -> Result<Option<String>, VirError> {
+    if disk.attribute("type").is_some_and(|kind| kind != "file") {
+        return Err(refuse(&format!("disk type: {dev} goes on in a file of its pool")));
+    }
+    if let Some(other) = disk.find("driver").and_then(|d| d.attribute("type")).filter(|t| *t != "qcow2") {
+        return Err(refuse(&format!(
+            "disk driver: {dev} goes on in a file of the format qcow2, not '{other}'"
+        )));
+    }
+    let source = disk.find("source");
+    if source.is_some_and(|s| s.attribute("file").is_none() || !s.elements().is_empty()) {
+        return Err(refuse(&format!("disk source: {dev} goes on in a file")));
+    }
+    Ok(source.and_then(|s| s.attribute("file")).map(str::to_owned))
 }
 
 /// The document of a snapshot, with the domain as it was.
@@ -182,7 +208,13 @@ pub fn document(
     if !snapshot.note.is_empty() {
         e.push(Element::text("description", &snapshot.note));
     }
-    e.push(Element::text("state", if snapshot.stateful { "running" } else { "shutoff" }));
+    let external = snapshot.external.as_ref();
+    let state = match (snapshot.stateful, external) {
+        (true, _) => "running",
+        (false, Some(external)) if external.running => "disk-snapshot",
+        (false, _) => "shutoff",
+    };
+    e.push(Element::text("state", state));
     if let Some(parent) = parent {
         e.push(Element::new("parent").child(Element::text("name", parent)));
     }
@@ -209,7 +241,22 @@ pub fn document(
     let mut disks = Element::new("disks");
     for disk in domain.find("devices").into_iter().flat_map(|d| d.all("disk")) {
         let dev = disk.find("target").and_then(|t| t.attribute("dev")).unwrap_or_default();
-        let kind = if root.as_deref() == Some(dev) { "internal" } else { "no" };
+        let target = |device: &str| {
+            let identity = view.instance.identities.get(device)?;
+            let said = devices.get(device).and_then(|k| k.get("io.bus"));
+            let bus = DISK_BUSES.iter().find(|(name, _)| Some(*name) == said.map(String::as_str));
+            Some(super::machine::target(&identity.slot, bus.map_or(DiskBus::VirtioScsi, |(_, bus)| *bus)).0)
+        };
+        let went = external.into_iter().flat_map(|e| &e.disks);
+        if let Some(layer) = went.into_iter().find(|d| target(&d.device).as_deref() == Some(dev)) {
+            let path = super::machine::layers::path(&layer.pool, &layer.layer);
+            let shown =
+                Element::new("disk").with("name", dev).with("snapshot", "external").with("type", "file");
+            let driver = Element::new("driver").with("type", "qcow2");
+            disks.push(shown.child(driver).child(Element::new("source").with("file", path)));
+            continue;
+        }
+        let kind = if external.is_none() && root.as_deref() == Some(dev) { "internal" } else { "no" };
         disks.push(Element::new("disk").with("name", dev).with("snapshot", kind));
     }
     if !disks.elements().is_empty() {
@@ -225,8 +272,15 @@ mod tests {
 
     #[test]
     fn snapshots_are_read() {
-        let inner = |inner: &str| read(&format!("<domainsnapshot>{inner}</domainsnapshot>"));
-        let none = NewSnapshot { name: None, description: String::new(), memory: None, disks: vec![] };
+        let of = |inner: &str, only| read(&format!("<domainsnapshot>{inner}</domainsnapshot>"), only);
+        let inner = |text: &str| of(text, false);
+        let none = NewSnapshot {
+            name: None,
+            description: String::new(),
+            memory: None,
+            disks: vec![],
+            external: None,
+        };
         assert_eq!(inner(""), Ok(none));
         let whole = inner(
             "<name>s1</name><description>a &lt;b</description><memory snapshot='no'/><disks><disk name='vda' snapshot='internal'/><disk name='vdb' snapshot='no'/></disks>",
@@ -236,16 +290,35 @@ mod tests {
             description: "a <b".into(),
             memory: Some(false),
             disks: vec![("vda".into(), true), ("vdb".into(), false)],
+            external: None,
         };
         assert_eq!(whole, Ok(said));
         for (text, word) in [
             ("<memory snapshot='external' file='/x'/>", "memory file"),
-            ("<disks><disk name='vda' snapshot='external'/></disks>", "of vda"),
+            ("<disks><disk name='vda' snapshot='manual'/></disks>", "of vda"),
+            ("<disks><disk name='vda' type='block' snapshot='external'/></disks>", "disk type"),
+            (
+                "<disks><disk name='vda' snapshot='external'><driver type='raw'/></disk></disks>",
+                "disk driver",
+            ),
+            (
+                "<disks><disk name='vda' snapshot='external'><source dev='/dev/x'/></disk></disks>",
+                "disk source",
+            ),
         ] {
             let e = inner(text).unwrap_err();
             assert!(e.code == Code::ConfigUnsupported && e.text.contains(word), "{e:?}");
         }
-        assert_eq!(read("<domain/>").unwrap_err().code, Code::XmlError);
+        assert_eq!(read("<domain/>", false).unwrap_err().code, Code::XmlError);
+        let named = "<disks><disk name='vda'><source file='/karst/p/x'/></disk><disk name='vdb' snapshot='no'/></disks>";
+        for only in [false, true] {
+            let new = of(named, only).unwrap();
+            assert_eq!(new.external, Some(vec![("vda".into(), Some("/karst/p/x".into()))]));
+            assert_eq!(new.disks, [("vdb".to_owned(), false)]);
+        }
+        let plain = of("<disks><disk name='vda'/></disks>", true).unwrap();
+        assert_eq!((plain.external, plain.disks), (Some(vec![("vda".into(), None)]), vec![]));
+        assert_eq!(of("", true).unwrap().external, Some(vec![]));
         for text in ["<disk snapshot='no'/>", "<disk name='vda'/><disk name='vda'/>"] {
             assert_eq!(inner(&format!("<disks>{text}</disks>")).unwrap_err().code, Code::XmlError, "{text}");
         }

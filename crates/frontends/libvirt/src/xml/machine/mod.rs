@@ -9,6 +9,7 @@ pub mod board;
 pub mod hostdevs;
 pub mod iotune;
 pub mod kept;
+pub mod layers;
 pub mod nodes;
 pub mod options;
 pub mod parts;

@@ -1,8 +1,8 @@
 //! From domain XML to the typed form.
 
 use super::{
-    Disk, Kernel, Machine, Nic, Opaque, Screen, Source, aliases, board, hostdevs, iotune, kept, number,
-    options, pci_of, places, ports, priority, processor, refuse, scsi, shares,
+    Disk, Kernel, Machine, Nic, Opaque, Screen, Source, aliases, board, hostdevs, iotune, kept, layers,
+    number, options, pci_of, places, ports, priority, processor, refuse, scsi, shares,
     sizes::{self, Cpus},
     tuning, wrong,
 };
@@ -30,7 +30,8 @@ const TYPED: &[&str] =
 /// # Errors
 /// XML error when it says nothing sensible; CONFIG_UNSUPPORTED, naming the element, for what Karst does not do.
 pub fn machine(text: &str) -> Result<Machine, VirError> {
-    let root = crate::xml::read::document(text)?;
+    let mut root = crate::xml::read::document(text)?;
+    layers::without_all(&mut root);
     if root.name() != "domain" {
         return Err(wrong(format!("unexpected root element <{}>, expecting <domain>", root.name())));
     }
@@ -524,6 +525,9 @@ pub(super) fn place(path: &str) -> Result<Source, VirError> {
 /// # Errors
 /// XML error; CONFIG_UNSUPPORTED, naming the element.
 pub fn disk_alone(e: &Element) -> Result<Disk, VirError> {
+    let mut e = e.clone();
+    layers::without(&mut e);
+    let e = &e;
     kept::disk(e)?;
     let disk = disk(e, &Order::default())?;
     disk.ok_or_else(|| refuse("disk bus", "drives of discs are on sata, scsi or ide"))

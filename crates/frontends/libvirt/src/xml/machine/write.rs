@@ -1,8 +1,8 @@
 //! From an instance to domain XML, with what was kept of the document that it was defined by.
 
 use super::{
-    Kernel, Opaque, ShownGuard, Source, aliases, board, hostdevs, iotune, kept, nodes, options, owned, parts,
-    pci_of, places,
+    Kernel, Opaque, ShownGuard, Source, aliases, board, hostdevs, iotune, kept, layers, nodes, options,
+    owned, parts, pci_of, places,
     places::Places,
     ports, priority, processor, read, screens, scsi, shares,
     sizes::{self, Cpus},
@@ -60,6 +60,8 @@ pub struct Shown<'a> {
     pub listeners: Option<&'a [ScreenListener]>,
     /// The password of its screen, if it has one.
     pub guard: Option<ShownGuard>,
+    /// The layers of the volume of this pool and name, lowest first.
+    pub layers: &'a dyn Fn(&str, &str) -> Vec<String>,
     /// Is the volume of this pool and name a disc?
     pub disc: &'a dyn Fn(&str, &str) -> bool,
     /// The bridge of the network of this name.
@@ -422,7 +424,9 @@ fn devices(shown: &Shown<'_>, opaque: &Opaque, on_board: &Board) -> Result<Eleme
         let source = Some(Source::Volume { pool: device.pool.clone(), volume });
         let boot = orders.order(device.boot_priority);
         let is = (false, false, DriveFormat::Raw);
-        devices.push(disk(identity, &source, &device.io, is, boot, live, opaque));
+        let mut shown_disk = disk(identity, &source, &device.io, is, boot, live, opaque);
+        layered(shown, &mut shown_disk, source.as_ref(), live);
+        devices.push(shown_disk);
     }
     for (name, device) in parsed.disks.iter().filter(|(_, d)| !d.is_directory()) {
         let Some(identity) = of(name) else { continue };
@@ -443,7 +447,9 @@ fn devices(shown: &Shown<'_>, opaque: &Opaque, on_board: &Board) -> Result<Eleme
         let source = Some(source).filter(|_| *attached);
         let boot = orders.order(device.boot_priority);
         let is = (cdrom, *readonly || cdrom, device.format);
-        devices.push(disk(identity, &source, io, is, boot, live, opaque));
+        let mut shown_disk = disk(identity, &source, io, is, boot, live, opaque);
+        layered(shown, &mut shown_disk, source.as_ref(), live);
+        devices.push(shown_disk);
     }
     let targets: Vec<&str> =
         devices.elements().iter().filter_map(|e| e.find("target")?.attribute("dev")).collect();
@@ -658,6 +664,13 @@ fn merge(shown: &mut Element, kept: &Element, typed: &[&str], order: &[&str]) {
         }
     }
     sort(shown, order);
+}
+
+/// Lets a disk show its layers, if it has any.
+fn layered(shown: &Shown<'_>, disk: &mut Element, source: Option<&Source>, live: bool) {
+    if let Some(Source::Volume { pool, volume }) = source {
+        layers::show(disk, source, &(shown.layers)(pool, volume), live);
+    }
 }
 
 fn disk(
