@@ -6,8 +6,8 @@ use clap::{CommandFactory, FromArgMatches, Parser, Subcommand, error::ErrorKind}
 
 use crate::{
     commands::{
-        access, admin, backup, completion, config, console, copy, create, debug, display, exec, file, host,
-        image, info, lifecycle, list, log, machine, man, monitor, network, operation, profile, project,
+        access, admin, backup, completion, config, console, copy, create, debug, disk, display, exec, file,
+        host, image, info, lifecycle, list, log, machine, man, monitor, network, operation, profile, project,
         publish, query, relocate, secret, snapshot, storage, top, trust, version, warning,
     },
     context::Context,
@@ -75,6 +75,9 @@ enum Command {
     /// Press keys of a virtual machine
     #[command(visible_alias = "sendkey")]
     SendKey(machine::SendKey),
+    /// Layers of disks of virtual machines
+    #[command(subcommand)]
+    Disk(disk::Disk),
     /// Screens of virtual machines and their passwords
     #[command(subcommand)]
     Display(display::Display),
@@ -202,6 +205,7 @@ async fn run(context: &Context, command: Command) -> Result<()> {
         Command::Start(command) => command.run(context).await,
         Command::Debug(command) => command.run(context).await,
         Command::Reset(command) => command.run(context).await,
+        Command::Disk(command) => command.run(context).await,
         Command::Screenshot(command) => command.run(context).await,
         Command::SendKey(command) => command.run(context).await,
         Command::Display(command) => command.run(context).await,

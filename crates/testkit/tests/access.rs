@@ -269,6 +269,11 @@ fn who(role: Role, project: Option<ProjectId>) -> Context {
 }
 
 /// Who may is told that the instance is a container.
+fn pull() -> karst_engine::compute::disk_copy::merge::MergeDisk {
+    use karst_engine::compute::disk_copy::merge::{MergeDisk, MergeLayers};
+    MergeDisk { device: None, what: MergeLayers::Pull { base: None }, hold: false, speed: 0 }
+}
+
 fn of_a_machine(outcome: Result<()>) -> Result<()> {
     match outcome {
         Err(e) if e.kind == ErrorKind::Unsupported => Ok(()),
@@ -513,6 +518,9 @@ fn cases() -> Vec<Case> {
         disk_copy View |f, c, p| { let found = f.w.engine.disk_copy(c, p, "run").await?; assert!(found.is_none(), "nothing is copied"); Ok(()) };
         disk_copy_end Edit |f, c, p| nothing_is_copied(f.w.engine.disk_copy_end(c, p, "run", "root", karst_model::guest::DiskCopyEnd::Cancel, true).await);
         disk_copy_speed Edit |f, c, p| nothing_is_copied(f.w.engine.disk_copy_speed(c, p, "run", "root", 1).await);
+        disk_layers View |f, c, p| of_a_machine(f.w.engine.disk_layers(c, p, "run").map(drop));
+        layers_create Edit |f, c, p| of_a_machine(f.w.engine.layers_create(c, p, "run", karst_engine::layers::create::CreateLayers::default()).await.map(drop));
+        layers_merge Edit |f, c, p| of_a_machine(f.w.engine.layers_merge(c, p, "run", pull()).await.map(drop));
         checkpoints View |f, c, p| f.w.engine.checkpoints(c, p, "run").map(drop);
         checkpoint_marks View |f, c, p| of_a_machine(f.w.engine.checkpoint_marks(c, p, "run").await.map(drop));
         checkpoint_create Edit |f, c, p| of_a_machine(f.w.engine.checkpoint_create(c, p, "run", CreateCheckpoint { name: "c".into(), ..Default::default() }).await.map(drop));

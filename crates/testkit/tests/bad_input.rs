@@ -107,6 +107,11 @@ fn file(path: &str) -> FileWrite {
     }
 }
 
+fn pull() -> karst_engine::compute::disk_copy::merge::MergeDisk {
+    use karst_engine::compute::disk_copy::merge::{MergeDisk, MergeLayers};
+    MergeDisk { device: None, what: MergeLayers::Pull { base: None }, hold: false, speed: 0 }
+}
+
 fn disk_copy(device: Option<&str>, to: CopyTarget) -> CopyDisk {
     CopyDisk { device: device.map(str::to_owned), to, hold: false, speed: 0, synchronous: false }
 }
@@ -304,6 +309,12 @@ fn cases() -> Vec<Case> {
         "abort of memory that is not written" => Conflict, "", "not being written", |w| w.engine.memory_writing_abort(&w.admin, P, "vm");
         "end of a copy that there is none of" => Conflict, "", "copied", |w| w.engine.disk_copy_end(&w.admin, P, "vm", "root", karst_model::guest::DiskCopyEnd::Cancel, true);
         "speed of a copy that there is none of" => Conflict, "", "copied", |w| w.engine.disk_copy_speed(&w.admin, P, "vm", "root", 1);
+        "layer of a container" => Unsupported, "", "container", |w| w.engine.layers_create(&w.admin, P, "run", karst_engine::layers::create::CreateLayers::default());
+        "layer of nothing" => NotFound, "", "nope", |w| w.engine.layers_create(&w.admin, P, "nope", karst_engine::layers::create::CreateLayers::default());
+        "still layer of a stopped machine" => Conflict, "quiesce", "does not run", |w| w.engine.layers_create(&w.admin, P, "vm", karst_engine::layers::create::CreateLayers { quiesce: true, ..Default::default() });
+        "layer with a snapshot of no name" => Invalid, "name", "", |w| w.engine.layers_create(&w.admin, P, "vm", karst_engine::layers::create::CreateLayers { snapshot: Some("a b".into()), ..Default::default() });
+        "merge of layers of a container" => Unsupported, "", "container", |w| w.engine.layers_merge(&w.admin, P, "run", pull());
+        "merge of layers of a stopped machine" => Conflict, "", "not running", |w| w.engine.layers_merge(&w.admin, P, "vm", pull());
         "checkpoint of a container" => Unsupported, "", "container", |w| w.engine.checkpoint_create(&w.admin, P, "run", CreateCheckpoint { name: "c".into(), ..Default::default() });
         "checkpoint of a stopped machine" => Conflict, "", "not running", |w| w.engine.checkpoint_create(&w.admin, P, "vm", CreateCheckpoint { name: "c".into(), ..Default::default() });
         "delete of a missing checkpoint" => NotFound, "", "nope", |w| w.engine.checkpoint_delete(&w.admin, P, "vm", "nope");

@@ -5,9 +5,9 @@ use crate::{
     app::Call,
     handlers::{
         access, allocations, audit, backups, certificates, debug, displays, events, exec, files, firewall,
-        images, instances, karst, libvirt, logs, metadata, metrics, networks, operations, profiles, projects,
-        publish, recover, registries, resources, secrets, server, snapshots, storage, tokens, volumes,
-        warnings,
+        images, instances, karst, layers, libvirt, logs, metadata, metrics, networks, operations, profiles,
+        projects, publish, recover, registries, resources, secrets, server, snapshots, storage, tokens,
+        volumes, warnings,
     },
     respond::Reply,
 };
@@ -176,6 +176,10 @@ pub static TABLE: LazyLock<Vec<Row>> = LazyLock::new(|| {
         GET "/1.0/karst/host" => karst::host, "karst_paths_answer",
         GET "/1.0/karst/instances/{name}" => karst::instance, "a_vmid_is_chosen_and_shown",
         GET "/1.0/karst/instances/{name}/history" => karst::history, "what_instances_use_is_told",
+        GET "/1.0/karst/instances/{name}/layers" => layers::list, "layers_of_disks_live",
+        POST "/1.0/karst/instances/{name}/layers" => layers::create, "layers_of_disks_live",
+        POST "/1.0/karst/instances/{name}/layers/commit" => layers::commit, "layers_of_disks_live",
+        POST "/1.0/karst/instances/{name}/layers/pull" => layers::pull, "layers_of_disks_live",
         GET "/1.0/karst/instances/{name}/pending" => karst::pending, "pending_changes_are_shown",
         GET "/1.0/karst/libvirt" => libvirt::get, "clients_of_libvirt_get_certificates",
         POST "/1.0/karst/libvirt/clients" => libvirt::create, "clients_of_libvirt_get_certificates",

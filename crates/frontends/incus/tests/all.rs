@@ -12,6 +12,7 @@ mod described;
 mod every_endpoint;
 mod history;
 mod images;
+mod layers;
 mod metadata;
 mod networks;
 mod oci;

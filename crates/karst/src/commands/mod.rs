@@ -11,6 +11,7 @@ pub mod copy;
 pub mod create;
 pub mod debug;
 pub mod device;
+pub mod disk;
 pub mod display;
 pub mod exec;
 pub mod expiry;

@@ -206,6 +206,10 @@ fn chosen(volume: &Volume, what: &MergeLayers) -> Result<Merge> {
     let layers = &volume.layers;
     let base = |name: &LayerName| match name {
         LayerName::Lowest => Ok(Base::Lowest),
+        // The file that it was made with goes by the volume's own name.
+        LayerName::Layer(name) if *name == volume.name && layers.all.iter().all(|l| l.name != *name) => {
+            Ok(Base::Lowest)
+        }
         LayerName::Layer(name) => layers.demand("base", name).map(|l| Base::Layer(l.number)),
     };
     Ok(match what {

@@ -110,6 +110,16 @@ shapes! {
         "last_end": Nullable(&Word(&["shutdown", "forced", "crashed"])), "reason": Nullable(&Text),
     }
 
+    /// A disk that a virtual machine writes to, with the layers over the file that it was made with, lowest first.
+    LAYERED_DISK "LayeredDisk" {
+        "device": Text, "pool": Text, "volume": Text, "owned": Flag, "layers": List(&Object(&LAYER)),
+    }
+
+    /// A layer of a disk.
+    LAYER "DiskLayer" {
+        "name": Text, "number": Integer, "created_at": Text,
+    }
+
     /// A change that waits for the next start; null is a value that is not there.
     PENDING "PendingChange" {
         "key": Text, "live": Nullable(&Text), "configured": Nullable(&Text),

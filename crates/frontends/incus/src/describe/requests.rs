@@ -211,6 +211,21 @@ shapes! {
         "record-output": Flag,
     }
 
+    /// Disks that are to go on in new layers: one, or all.
+    LAYERS_POST "LayersPost" {
+        "device": Text, "name": Text, "snapshot": Text, "description": Text, "quiesce": Flag,
+    }
+
+    /// Layers that go into what lies below them: from `top` (the active one) down to `base` (the lowest file).
+    LAYERS_COMMIT "LayersCommit" {
+        "device": Text, "top": Text, "base": Text, "bandwidth": Integer,
+    }
+
+    /// What lies below the active layer and goes into it, down to `base` or all.
+    LAYERS_PULL "LayersPull" {
+        "device": Text, "base": Text, "bandwidth": Integer,
+    }
+
     /// Keys to be pressed, such as `ctrl-alt-delete`.
     KEYS_POST "KeysPost" {
         "keys": Must(&Texts),

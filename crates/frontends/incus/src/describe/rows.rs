@@ -213,6 +213,14 @@ static KARST_ROWS: &[Described] = described! {
     "GET" "/1.0/karst/instances/{name}" "What an instance is known by besides its name" [PROJECT] Nothing =>
         Sync(Object(&IDENTITY));
     "GET" "/1.0/karst/instances/{name}/history" "What it used" [SECONDS, PROJECT] Nothing => Sync(Object(&HISTORY));
+    "GET" "/1.0/karst/instances/{name}/layers" "The layers of its disks" [PROJECT] Nothing =>
+        Sync(List(&Object(&LAYERED_DISK)));
+    "POST" "/1.0/karst/instances/{name}/layers" "Lets disks go on in new layers" [PROJECT]
+        Json(&LAYERS_POST) => Operation;
+    "POST" "/1.0/karst/instances/{name}/layers/commit" "Puts layers into what lies below them" [PROJECT]
+        Json(&LAYERS_COMMIT) => Operation;
+    "POST" "/1.0/karst/instances/{name}/layers/pull" "Puts what lies below the active layer into it" [PROJECT]
+        Json(&LAYERS_PULL) => Operation;
     "GET" "/1.0/karst/instances/{name}/pending" "What waits for its next start" [PROJECT] Nothing =>
         Sync(List(&Object(&PENDING)));
     "POST" "/1.0/karst/instances/{name}/keys" "Presses keys" [PROJECT] Json(&KEYS_POST) => Done;

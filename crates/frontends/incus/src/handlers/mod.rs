@@ -14,6 +14,7 @@ pub mod firewall;
 pub mod images;
 pub mod instances;
 pub mod karst;
+pub mod layers;
 pub mod libvirt;
 pub mod logs;
 pub mod metadata;
