@@ -16,7 +16,7 @@ use karst_engine::{
     snapshots::{Origin, Taken, create::CreateSnapshot},
     storage::CreatePool,
 };
-use karst_env::SeededEnv;
+use karst_env::{Env, SeededEnv};
 use karst_model::{
     ErrorKind, Result,
     guest::{DiskCopyEnd, DiskCopyPhase},

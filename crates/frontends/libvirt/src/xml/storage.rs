@@ -325,14 +325,9 @@ mod tests {
     fn volumes_are_read() {
         let read = |inner: &str| read_volume(&format!("<volume>{inner}</volume>"));
         let whole = "<name>v</name><capacity unit='GiB'>2</capacity><target><format type='qcow2'/></target>";
-        let volume = NewVolume {
-            name: "v".into(),
-            capacity: Some(2 << 30),
-            content: VolumeContent::Block,
-            encryption: None,
-        };
         let content = VolumeContent::Block;
-        let volume = NewVolume { name: "v".into(), capacity: Some(2 << 30), content, image: true };
+        let volume =
+            NewVolume { name: "v".into(), capacity: Some(2 << 30), content, encryption: None, image: true };
         assert_eq!(read(whole), Ok(volume.clone()));
         // What virt-install asks of a disk.
         let odd = read("<name>k</name><capacity>8247233</capacity>").unwrap();
