@@ -16,7 +16,7 @@ use std::{collections::BTreeMap, net::IpAddr};
 /// Interfaces of the host that a guest has for itself.
 pub(crate) fn lent(spec: &GuestSpec) -> Vec<String> {
     let of = |n: &NicSpec| match &n.link {
-        NicLink::Physical(ParentLink { parent, vlan: None }) => Some(parent.clone()),
+        NicLink::Physical(ParentLink { parent, vlan: None, .. }) => Some(parent.clone()),
         _ => None,
     };
     spec.nics.iter().filter_map(of).collect()

@@ -67,6 +67,8 @@ pub struct CreateNetwork {
     pub any_name: bool,
     /// How it begins.
     pub beginning: NetworkBeginning,
+    /// What its bridge is called on the host, where that is not to be its name.
+    pub interface: Option<String>,
 }
 
 impl CreateNetwork {
@@ -350,15 +352,29 @@ impl Engine {
         let whole = self.edits_the_hosts(context);
         own::demand_reach(whole, request.kind, &request.config, None)?;
         let inner = self.inner();
-        interface_name("name", &request.name)?;
+        let chosen = match &request.interface {
+            Some(_) if !whole || request.kind != NetworkKind::Bridge => {
+                let text = "what a bridge is called on the host is said with the permission \"resource_edit\" in the default \
+                            project, and of networks of type bridge";
+                return Err(Error::forbidden(text).at("interface"));
+            }
+            Some(chosen) => {
+                interface_name("interface", chosen)?;
+                Some(Name::parse("interface", chosen)?)
+            }
+            None => {
+                interface_name("name", &request.name)?;
+                None
+            }
+        };
         let mut name = Name::parse("name", &request.name)?;
         let mut config = request.config.clone();
         let auto = |key: &str| config.get(key).is_none_or(|a| a.is_empty() || a == "auto");
         let bridge = request.kind == NetworkKind::Bridge;
         let (automatic, automatic6) = (bridge && auto("ipv4.address"), bridge && auto("ipv6.address"));
-        let own = bridge && inner.inventory.read().owner_of(project.id).is_some();
+        let own = bridge && chosen.is_none() && inner.inventory.read().owner_of(project.id).is_some();
         let id = NetworkId(inner.env.uuid());
-        let mut interface = None;
+        let mut interface = chosen.filter(|chosen| **chosen != *name);
         if automatic || automatic6 || request.any_name || own {
             let agent = inner.agents.get(inner.node)?;
             let taken: Vec<_> = {
@@ -588,12 +604,20 @@ fn demand_free(records: &Records, network: &Network, name: &Name) -> Result<()> 
     if records.network(network.project, name).is_ok() {
         return Err(Error::conflict(format!("a network {:?} exists already", &**name)).at("name"));
     }
-    let own = records.owner_of(network.project).is_some();
+    let own = records.owner_of(network.project).is_some() || network.interface.is_some();
     let interface = if own { network.interface() } else { &**name };
     if network.kind == NetworkKind::Bridge
         && records.network_on(interface).is_some_and(|other| other.id != network.id)
     {
         let text = format!("{interface:?} is the bridge of another project's network; choose another name");
+        return Err(Error::conflict(text).at("name"));
+    }
+    // Names of networks that projects share are interfaces unless they say otherwise, and stay free for that.
+    let named = |n: &Row<Network>| {
+        n.id != network.id && *n.name == *interface && records.owner_of(n.project).is_none()
+    };
+    if network.kind == NetworkKind::Bridge && records.networks.values().any(named) {
+        let text = format!("{interface:?} is the name of another network; choose another name");
         return Err(Error::conflict(text).at("name"));
     }
     Ok(())
@@ -605,31 +629,27 @@ fn demand_free_subnet(
     spec: &BridgeSpec,
     except: Option<NetworkId>,
 ) -> Result<()> {
-    type Subnet = fn(&BridgeSpec) -> Option<IpNet>;
-    let families: [(&str, Subnet); 2] = [
-        ("config.ipv4.address", |spec| spec.ipv4.map(IpNet::V4)),
-        ("config.ipv6.address", |spec| spec.ipv6.map(IpNet::V6)),
-    ];
-    for (key, subnet) in families {
-        let Some(ours) = subnet(spec) else { continue };
+    let overlap = |a: &IpNet, b: &IpNet| a.contains(&b.network()) || b.contains(&a.network());
+    for ours in spec.own() {
+        let first = [spec.ipv4.map(IpNet::V4), spec.ipv6.map(IpNet::V6)].contains(&Some(ours));
+        let family = if ours.addr().is_ipv4() { "ipv4" } else { "ipv6" };
+        let key = format!("config.{family}.{}", if first { "address" } else { "addresses" });
         for other in records.networks.values().filter(|n| Some(n.id) != except) {
             let of = |form: Result<NetworkForm>| match form {
-                Ok(NetworkForm::Bridge(spec)) => subnet(&spec),
-                _ => None,
+                Ok(NetworkForm::Bridge(spec)) => spec.own().collect(),
+                _ => vec![],
             };
-            let both = [of(other.form()), other.life.running.as_ref().and_then(|_| of(other.defined()))];
-            for theirs in both.into_iter().flatten() {
-                if theirs.contains(&ours.network()) || ours.contains(&theirs.network()) {
-                    let which = match other.project == project {
-                        true => format!("network {:?}", &*other.name),
-                        false => "a network of another project".to_owned(),
-                    };
-                    return Err(Error::conflict(format!(
-                        "the subnet {} overlaps with {which}",
-                        ours.trunc()
-                    ))
-                    .at(key));
-                }
+            let mut theirs = of(other.form());
+            if other.life.running.is_some() {
+                theirs.extend(of(other.defined()));
+            }
+            if theirs.iter().any(|theirs| overlap(theirs, &ours)) {
+                let which = match other.project == project {
+                    true => format!("network {:?}", &*other.name),
+                    false => "a network of another project".to_owned(),
+                };
+                let text = format!("the subnet {} overlaps with {which}", ours.trunc());
+                return Err(Error::conflict(text).at(key));
             }
         }
     }

@@ -12,7 +12,7 @@ use crate::{
     },
     netlink::{CREATE, EXCLUSIVE, Message, REPLACE, Socket},
 };
-use karst_model::{Error, Result};
+use karst_model::{Error, Result, device::MacvlanMode};
 use std::{
     io,
     net::IpAddr,
@@ -82,12 +82,18 @@ pub fn create_cable(host: &str, guest: &GuestEnd<'_>) -> Result<()> {
     execute(message, "created", host)
 }
 
-fn macvlan(message: Message, parent: u32, kind: &str) -> Message {
+fn macvlan(message: Message, parent: u32, kind: &str, mode: MacvlanMode) -> Message {
     const IFLA_MACVLAN_MODE: u16 = 1;
-    const BRIDGE: u32 = 4;
+    // MACVLAN_MODE_*
+    let mode: u32 = match mode {
+        MacvlanMode::Private => 1,
+        MacvlanMode::Vepa => 2,
+        MacvlanMode::Bridge => 4,
+        MacvlanMode::Passthrough => 8,
+    };
     message.attr(IFLA_LINK, &parent.to_ne_bytes()).nested(IFLA_LINKINFO, |m| {
         m.text(IFLA_INFO_KIND, kind)
-            .nested(IFLA_INFO_DATA, |m| m.attr(IFLA_MACVLAN_MODE, &BRIDGE.to_ne_bytes()))
+            .nested(IFLA_INFO_DATA, |m| m.attr(IFLA_MACVLAN_MODE, &mode.to_ne_bytes()))
     })
 }
 
@@ -106,9 +112,9 @@ fn on_parent(e: Error, parent: &Link) -> Error {
 ///
 /// # Errors
 /// Conflict when the name is taken there, or the parent is used by something that does not share it.
-pub fn create_macvlan(parent: &Link, guest: &GuestEnd<'_>) -> Result<()> {
+pub fn create_macvlan(parent: &Link, mode: MacvlanMode, guest: &GuestEnd<'_>) -> Result<()> {
     let message = guest.put(Message::new(RTM_NEWLINK, CREATE | EXCLUSIVE, &info(0, 0, 0)))?;
-    execute(macvlan(message, parent.index, "macvlan"), "created", guest.name)
+    execute(macvlan(message, parent.index, "macvlan", mode), "created", guest.name)
         .map_err(|e| on_parent(e, parent))
 }
 
@@ -116,7 +122,13 @@ pub fn create_macvlan(parent: &Link, guest: &GuestEnd<'_>) -> Result<()> {
 ///
 /// # Errors
 /// As [`create_macvlan`].
-pub fn create_macvtap(parent: &Link, name: &str, mac: &str, mtu: Option<u32>) -> Result<()> {
+pub fn create_macvtap(
+    parent: &Link,
+    mode: MacvlanMode,
+    name: &str,
+    mac: &str,
+    mtu: Option<u32>,
+) -> Result<()> {
     check(name)?;
     let mut message = Message::new(RTM_NEWLINK, CREATE | EXCLUSIVE, &info(0, 0, 0))
         .text(IFLA_IFNAME, name)
@@ -124,7 +136,8 @@ pub fn create_macvtap(parent: &Link, name: &str, mac: &str, mtu: Option<u32>) ->
     if let Some(mtu) = mtu {
         message = message.attr(IFLA_MTU, &mtu.to_ne_bytes());
     }
-    execute(macvlan(message, parent.index, "macvtap"), "created", name).map_err(|e| on_parent(e, parent))
+    execute(macvlan(message, parent.index, "macvtap", mode), "created", name)
+        .map_err(|e| on_parent(e, parent))
 }
 
 /// Gives a guest a VLAN of `parent`.
@@ -376,9 +389,14 @@ mod tests {
             set_queue_length("kcable", 77)?;
             assert!(ip(&["link", "show", "kcable"]).contains("qlen 77"));
             let real = link::get("real0")?.unwrap();
-            create_macvlan(&real, &GuestEnd { mac: "10:66:6a:00:00:02", ..end("lan0") })?;
-            create_macvtap(&real, "ktap", "10:66:6a:00:00:03", None)?;
+            create_macvlan(
+                &real,
+                MacvlanMode::Private,
+                &GuestEnd { mac: "10:66:6a:00:00:02", ..end("lan0") },
+            )?;
+            create_macvtap(&real, MacvlanMode::Private, "ktap", "10:66:6a:00:00:03", None)?;
             assert_eq!(link::get("ktap")?.unwrap().kind.as_deref(), Some("macvtap"));
+            assert!(ip(&["-d", "link", "show", "ktap"]).contains("mode private"));
             hand_over(real.index, guest.as_fd(), "phys0")?;
             assert!(link::get("real0")?.is_none());
             Ok(())

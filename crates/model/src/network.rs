@@ -63,10 +63,16 @@ pub enum DnsMode {
 pub struct BridgeSpec {
     /// IPv4 address of the bridge with its prefix; `None` when `ipv4.address=none`.
     pub ipv4: Option<Ipv4Net>,
+    /// Further IPv4 addresses of the bridge, each with its own subnet; DHCP serves the first alone.
+    pub more: Vec<Ipv4Net>,
     /// Translate IPv4 addresses of what leaves.
     pub nat: bool,
     /// To this address rather than the outgoing interface's.
     pub nat_address: Option<Ipv4Addr>,
+    /// To one of those from `nat_address` to this.
+    pub nat_last: Option<Ipv4Addr>,
+    /// Ports of TCP and UDP that are translated to.
+    pub nat_ports: Option<(u16, u16)>,
     /// Behind the translations of others rather than before them.
     pub nat_after: bool,
     /// Serve DHCPv4.
@@ -87,10 +93,16 @@ pub struct BridgeSpec {
     pub routes: Vec<Ipv4Net>,
     /// IPv6 address of the bridge with its prefix.
     pub ipv6: Option<Ipv6Net>,
+    /// As `more`.
+    pub more6: Vec<Ipv6Net>,
     /// Translate IPv6 addresses of what leaves.
     pub nat6: bool,
     /// As `nat_address`.
     pub nat6_address: Option<Ipv6Addr>,
+    /// As `nat_last`.
+    pub nat6_last: Option<Ipv6Addr>,
+    /// As `nat_ports`.
+    pub nat6_ports: Option<(u16, u16)>,
     /// As `nat_after`.
     pub nat6_after: bool,
     /// Serve DHCPv6: beside SLAAC for options only, or addresses too.
@@ -124,6 +136,10 @@ pub struct BridgeSpec {
     pub mtu: Option<u32>,
     /// MAC address of the bridge; otherwise one is derived.
     pub hwaddr: Option<String>,
+    /// Spanning tree; off where nobody said it.
+    pub stp: Option<bool>,
+    /// Seconds that a port of it waits, twice, before it forwards.
+    pub forward_delay: Option<u32>,
     /// IGMP and MLD snooping; the kernel's default (on) when absent.
     pub multicast_snooping: Option<bool>,
     /// Interfaces of the host that become ports of the bridge, each as [`ExternalInterface::parse`] takes it.
@@ -181,8 +197,11 @@ impl Default for BridgeSpec {
     fn default() -> Self {
         Self {
             ipv4: None,
+            more: vec![],
             nat: false,
             nat_address: None,
+            nat_last: None,
+            nat_ports: None,
             nat_after: false,
             dhcp: true,
             dhcp_ranges: vec![],
@@ -193,8 +212,11 @@ impl Default for BridgeSpec {
             firewall: true,
             routes: vec![],
             ipv6: None,
+            more6: vec![],
             nat6: false,
             nat6_address: None,
+            nat6_last: None,
+            nat6_ports: None,
             nat6_after: false,
             dhcp6: true,
             dhcp6_stateful: false,
@@ -211,6 +233,8 @@ impl Default for BridgeSpec {
             names: NetworkNames::default(),
             mtu: None,
             hwaddr: None,
+            stp: None,
+            forward_delay: None,
             multicast_snooping: None,
             external_interfaces: vec![],
             policy: None,
@@ -228,9 +252,11 @@ pub const BRIDGE_KEYS: &[(&str, &str)] = &[
         "bridge.external_interfaces",
         "interfaces of the host that become ports of the bridge, comma-separated; NAME/PARENT/VLAN makes one of a VLAN",
     ),
+    ("bridge.forward_delay", "seconds that a port waits, twice, before it forwards, 0 to 30"),
     ("bridge.hwaddr", "MAC address of the bridge"),
     ("bridge.mtu", "MTU of the bridge, 1280 to 65535"),
     ("bridge.multicast_snooping", "IGMP and MLD snooping (true)"),
+    ("bridge.stp", "spanning tree (false)"),
     ("dns.domain", "DNS domain of the guests (karst)"),
     (
         "dns.forwarders",
@@ -249,6 +275,10 @@ pub const BRIDGE_KEYS: &[(&str, &str)] = &[
     ),
     ("dns.txt", "texts: NAME VALUE, one a line"),
     ("ipv4.address", "address of the bridge with its prefix, auto or none"),
+    (
+        "ipv4.addresses",
+        "further addresses of the bridge with their prefixes, comma-separated; DHCP serves ipv4.address alone",
+    ),
     ("ipv4.dhcp", "serve DHCPv4 (true)"),
     ("ipv4.dhcp.expiry", "how long leases hold, such as 1h (the default) or infinite"),
     ("ipv4.dhcp.gateway", "gateway that guests are told instead of the bridge"),
@@ -260,19 +290,25 @@ pub const BRIDGE_KEYS: &[(&str, &str)] = &[
     ("ipv4.dhcp.routes", "routes that guests are told: DESTINATION,GATEWAY,DESTINATION,GATEWAY,…"),
     ("ipv4.firewall", "open other firewalls of the host for the network (true)"),
     ("ipv4.nat", "translate addresses of what leaves (false; true with an automatic address)"),
-    ("ipv4.nat.address", "source address of what leaves translated"),
+    ("ipv4.nat.address", "source address of what leaves translated, or a range FIRST-LAST of them"),
     ("ipv4.nat.order", "before or after the translations of others (before)"),
+    ("ipv4.nat.ports", "source ports of what leaves translated by TCP or UDP, FIRST-LAST"),
     ("ipv4.routes", "further subnets that are reached over the bridge, comma-separated"),
     ("ipv4.routing", "route between the bridge and the rest (true)"),
     ("ipv6.address", "address of the bridge with its prefix, auto or none"),
+    ("ipv6.addresses", "further addresses of the bridge with their prefixes, comma-separated"),
     ("ipv6.dhcp", "serve DHCPv6 (true)"),
     ("ipv6.dhcp.expiry", "how long leases hold, such as 1h (the default) or infinite"),
     ("ipv6.dhcp.ranges", "ranges FIRST-LAST for stateful leases, comma-separated"),
     ("ipv6.dhcp.stateful", "DHCPv6 gives addresses; otherwise guests make theirs by SLAAC (false)"),
     ("ipv6.firewall", "open other firewalls of the host for the network (true)"),
     ("ipv6.nat", "translate addresses of what leaves (false; true with an automatic address)"),
-    ("ipv6.nat.address", "source address of what leaves translated"),
+    ("ipv6.nat.address", "source address of what leaves translated, or a range FIRST-LAST of them"),
     ("ipv6.nat.order", "before or after the translations of others (before)"),
+    (
+        "ipv6.nat.ports",
+        "source ports of what leaves translated by TCP or UDP, FIRST-LAST, without ipv6.nat.address",
+    ),
     ("ipv6.ra", "announce the router (true)"),
     ("ipv6.routes", "further subnets that are reached over the bridge, comma-separated"),
     ("ipv6.routing", "route between the bridge and the rest (true)"),
@@ -365,6 +401,29 @@ impl<'a> Reader<'a> {
                 .map(Some)
                 .map_err(|_| bad(key, format!("{s:?} is not an address with prefix, such as {example}"))),
         }
+    }
+    /// One address, or the first and the last of a range.
+    fn addresses<A: FromStr + Ord + Copy>(&self, key: &str) -> Result<(Option<A>, Option<A>)> {
+        let Some(text) = self.get(key) else { return Ok((None, None)) };
+        let parse = |t: &str| t.trim().parse::<A>().ok();
+        let (first, last) = match text.split_once('-') {
+            None => (parse(text), None),
+            Some((first, last)) => (parse(first), Some(parse(last))),
+        };
+        match (first, last) {
+            (Some(first), None) => Ok((Some(first), None)),
+            (Some(first), Some(Some(last))) if first < last => Ok((Some(first), Some(last))),
+            _ => Err(bad(key, format!("{text:?} is neither an address nor a range FIRST-LAST of them"))),
+        }
+    }
+    /// First and last port.
+    fn ports(&self, key: &str) -> Result<Option<(u16, u16)>> {
+        let Some(text) = self.get(key) else { return Ok(None) };
+        let (first, last) = text.split_once('-').unwrap_or((text, text));
+        let both = first.trim().parse::<u16>().ok().zip(last.trim().parse::<u16>().ok());
+        let fits = both.filter(|(first, last)| *first > 0 && first <= last);
+        fits.map(Some)
+            .ok_or_else(|| bad(key, format!("{text:?} is no range of ports FIRST-LAST from 1 to 65535")))
     }
     fn order(&self, key: &str) -> Result<bool> {
         match self.get(key) {
@@ -506,10 +565,23 @@ impl BridgeSpec {
             }
             named.push(interface.name);
         }
+        let (nat_address, nat_last) = r.addresses("ipv4.nat.address")?;
+        let (nat6_address, nat6_last) = r.addresses("ipv6.nat.address")?;
+        let forward_delay = r
+            .get("bridge.forward_delay")
+            .map(|s| {
+                let wrong =
+                    || bad("bridge.forward_delay", format!("{s:?} is not a time from 0 to 30 seconds"));
+                s.parse::<u32>().ok().filter(|d| *d <= 30).ok_or_else(wrong)
+            })
+            .transpose()?;
         let plain = r.get("dns.plain").map(|_| r.flag("dns.plain", false)).transpose()?;
         let spec = Self {
             nat: r.flag("ipv4.nat", false)?,
-            nat_address: r.one("ipv4.nat.address", "an IPv4 address")?,
+            nat_address,
+            nat_last,
+            nat_ports: r.ports("ipv4.nat.ports")?,
+            more: r.many("ipv4.addresses", "an address with prefix, such as 10.20.40.1/24")?,
             nat_after: r.order("ipv4.nat.order")?,
             dhcp: r.flag("ipv4.dhcp", true)?,
             dhcp_ranges: r.ranges("ipv4.dhcp.ranges", |a| ipv4.is_some_and(|n| n.contains(&a)))?,
@@ -520,7 +592,10 @@ impl BridgeSpec {
             firewall: r.flag("ipv4.firewall", true)?,
             routes: r.many("ipv4.routes", "an IPv4 subnet")?,
             nat6: r.flag("ipv6.nat", false)?,
-            nat6_address: r.one("ipv6.nat.address", "an IPv6 address")?,
+            nat6_address,
+            nat6_last,
+            nat6_ports: r.ports("ipv6.nat.ports")?,
+            more6: r.many("ipv6.addresses", "an address with prefix, such as fd42:1:2:4::1/64")?,
             nat6_after: r.order("ipv6.nat.order")?,
             dhcp6: r.flag("ipv6.dhcp", true)?,
             dhcp6_stateful,
@@ -547,6 +622,8 @@ impl BridgeSpec {
             names: NetworkNames::parse(&|key| r.get(key), r.flag("dns.local", true)?, plain)?,
             mtu,
             hwaddr: r.get("bridge.hwaddr").map(|m| parse_mac("config.bridge.hwaddr", m)).transpose()?,
+            stp: r.get("bridge.stp").map(|_| r.flag("bridge.stp", false)).transpose()?,
+            forward_delay,
             multicast_snooping: r
                 .get("bridge.multicast_snooping")
                 .map(|_| r.flag("bridge.multicast_snooping", true))
@@ -562,6 +639,13 @@ impl BridgeSpec {
             ipv4,
             ipv6,
         };
+        spec.check_more()?;
+        if spec.nat6_ports.is_some() && spec.nat6_address.is_some() {
+            return Err(bad(
+                "ipv6.nat.ports",
+                "ports are chosen where what leaves has the address of its way out",
+            ));
+        }
         if let Some(all) = spec.routed().find(|n| n.prefix_len() == 0) {
             let key = if all.addr().is_ipv4() { "ipv4.routes" } else { "ipv6.routes" };
             return Err(bad(key, "the default route cannot lead into a network of guests"));
@@ -580,10 +664,66 @@ impl BridgeSpec {
         Ok(spec)
     }
 
+    /// Further addresses are hosts in subnets of their own.
+    fn check_more(&self) -> Result<()> {
+        for (key, first, more) in [
+            (
+                "ipv4.addresses",
+                self.ipv4.is_some(),
+                self.more.iter().map(|n| IpNet::V4(*n)).collect::<Vec<_>>(),
+            ),
+            ("ipv6.addresses", self.ipv6.is_some(), self.more6.iter().map(|n| IpNet::V6(*n)).collect()),
+        ] {
+            if !first && !more.is_empty() {
+                let text = format!("the first address is {}", key.trim_end_matches("es"));
+                return Err(bad(key, text));
+            }
+            let mut own: Vec<IpNet> =
+                self.ipv4.map(IpNet::V4).into_iter().chain(self.ipv6.map(IpNet::V6)).collect();
+            for net in more {
+                let fits = match net {
+                    IpNet::V4(n) => {
+                        n.prefix_len() <= 30 && n.addr() != n.network() && n.addr() != n.broadcast()
+                    }
+                    IpNet::V6(n) => (16..=126).contains(&n.prefix_len()) && n.addr() != n.network(),
+                };
+                if !fits
+                    || net.addr().is_multicast()
+                    || net.addr().is_loopback()
+                    || net.addr().is_unspecified()
+                {
+                    return Err(bad(key, format!("{net} is not the address of a host in a subnet")));
+                }
+                if let Some(other) =
+                    own.iter().find(|o| o.contains(&net.network()) || net.contains(&o.network()))
+                {
+                    return Err(bad(key, format!("{net} overlaps {other}")));
+                }
+                own.push(net);
+            }
+        }
+        Ok(())
+    }
+
+    /// IPv4 addresses of the bridge with their prefixes.
+    pub fn own4(&self) -> impl Iterator<Item = Ipv4Net> {
+        self.ipv4.into_iter().chain(self.more.iter().copied())
+    }
+
+    /// The same of IPv6.
+    pub fn own6(&self) -> impl Iterator<Item = Ipv6Net> {
+        self.ipv6.into_iter().chain(self.more6.iter().copied())
+    }
+
+    /// All of them.
+    pub fn own(&self) -> impl Iterator<Item = IpNet> {
+        self.own4().map(IpNet::V4).chain(self.own6().map(IpNet::V6))
+    }
+
     /// Subnets of the network and what is routed over it.
     pub fn subnets(&self) -> impl Iterator<Item = IpNet> {
-        let v4 = self.ipv4.map(|n| n.trunc()).into_iter().chain(self.routes.iter().map(|n| n.trunc()));
-        let v6 = self.ipv6.map(|n| n.trunc()).into_iter().chain(self.routes6.iter().map(|n| n.trunc()));
+        let v4 = self.own4().map(|n| n.trunc()).chain(self.routes.iter().map(|n| n.trunc()));
+        let v6 = self.own6().map(|n| n.trunc()).chain(self.routes6.iter().map(|n| n.trunc()));
         v4.map(IpNet::V4).chain(v6.map(IpNet::V6))
     }
 
@@ -654,6 +794,27 @@ mod tests {
             ]),
         )
         .unwrap();
+        let more = BridgeSpec::parse(
+            "br0",
+            &cfg(&[
+                ("ipv4.address", "10.1.2.1/24"),
+                ("ipv4.addresses", "10.1.3.1/24, 10.1.4.1/30"),
+                ("ipv4.nat.address", "192.0.2.1-192.0.2.9"),
+                ("ipv4.nat.ports", "1024-65535"),
+                ("bridge.stp", "true"),
+                ("bridge.forward_delay", "4"),
+            ]),
+        )
+        .unwrap();
+        assert_eq!(
+            more.subnets().map(|n| n.to_string()).collect::<Vec<_>>(),
+            ["10.1.2.0/24", "10.1.3.0/24", "10.1.4.0/30"]
+        );
+        assert_eq!(more.nat_last.map(|a| a.to_string()).as_deref(), Some("192.0.2.9"));
+        assert_eq!(
+            (more.nat_ports, more.stp, more.forward_delay),
+            (Some((1024, 65535)), Some(true), Some(4))
+        );
         assert!(s.nat && s.dhcp && s.ipv4.unwrap().prefix_len() == 24 && s.slaac());
         assert_eq!((s.dhcp_ranges.len(), s.dhcp_expiry, s.search.len()), (2, 172_800, 2));
         let subnets: Vec<String> = s.subnets().map(|n| n.to_string()).collect();
@@ -681,6 +842,16 @@ mod tests {
             ("ipv4.dhcp.expiry", "10"),
             ("ipv4.dhcp.routes", "10.9.0.0/16"),
             ("ipv4.nat.order", "between"),
+            ("ipv4.nat.address", "192.0.2.9-192.0.2.1"),
+            ("ipv4.nat.address", "192.0.2"),
+            ("ipv4.nat.ports", "0-5"),
+            ("ipv4.nat.ports", "9-5"),
+            ("ipv4.addresses", "10.1.2.129/25"),
+            ("ipv4.addresses", "10.1.3.0/24"),
+            ("ipv4.addresses", "10.1.3.1/24,10.1.3.9/25"),
+            ("ipv6.addresses", "fd42::1/64"),
+            ("bridge.stp", "perhaps"),
+            ("bridge.forward_delay", "99"),
             ("ipv4.routes", "10.9.0.0/33"),
             ("ipv4.routes", "0.0.0.0/0"),
             ("ipv6.address", "fd42::/64"),

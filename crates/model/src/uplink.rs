@@ -1,8 +1,8 @@
-//! Networks that are an interface of the host rather than a bridge of ours: types `macvlan` and `physical`.
+//! Networks that are something of the host rather than a bridge of ours: types `macvlan`, `physical` and `host-bridge`.
 
 use crate::{
     Config, Error, Result,
-    device::{ParentLink, interface_name, vlan_id},
+    device::{MacvlanMode, ParentLink, interface_name, vlan_id},
     error::nearest,
     network::{BridgeSpec, Network},
 };
@@ -19,6 +19,8 @@ pub enum NetworkKind {
     Macvlan,
     /// A guest gets an interface of the host itself.
     Physical,
+    /// Guests are ports of a bridge that the host has.
+    HostBridge,
 }
 
 impl NetworkKind {
@@ -28,6 +30,7 @@ impl NetworkKind {
             Self::Bridge => "bridge",
             Self::Macvlan => "macvlan",
             Self::Physical => "physical",
+            Self::HostBridge => "host-bridge",
         }
     }
 
@@ -40,11 +43,14 @@ impl NetworkKind {
             "" | "bridge" => Ok(Self::Bridge),
             "macvlan" => Ok(Self::Macvlan),
             "physical" => Ok(Self::Physical),
+            "host-bridge" => Ok(Self::HostBridge),
             "sriov" | "ovn" => {
                 Err(Error::unsupported(format!("networks of type {text:?} are not there yet")).at("type"))
             }
             _ => {
-                let text = format!("{text:?} is no type of a network; known are bridge, macvlan, physical");
+                let text = format!(
+                    "{text:?} is no type of a network; known are bridge, macvlan, physical, host-bridge"
+                );
                 Err(Error::invalid("type", text))
             }
         }
@@ -54,7 +60,7 @@ impl NetworkKind {
 /// An interface of the host as a network.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct UplinkSpec {
-    /// Macvlan or physical.
+    /// Macvlan, physical, or a bridge of the host.
     pub kind: NetworkKind,
     /// The interface.
     pub link: ParentLink,
@@ -64,6 +70,11 @@ pub struct UplinkSpec {
 
 /// Keys of networks that are an interface of the host, with what they mean, in order.
 pub const UPLINK_KEYS: &[(&str, &str)] = &[
+    (
+        "mode",
+        "of macvlan, how guests share the interface: bridge (they reach each other), private (they do not), vepa (over a switch \
+         that sends back) or passthrough (one has it alone)",
+    ),
     ("mtu", "MTU of the guests' ends, 68 to 65535"),
     (
         "parent",
@@ -104,7 +115,22 @@ impl UplinkSpec {
             })
             .transpose()?;
         let vlan = get("vlan").map(|v| vlan_id("config.vlan", v)).transpose()?;
-        Ok(Self { kind, link: ParentLink { parent: parent.to_owned(), vlan }, mtu })
+        let mode = get("mode").map(|said| {
+            let found = MacvlanMode::ALL.into_iter().find(|(name, _)| *name == said);
+            let names = MacvlanMode::ALL.map(|(name, _)| name).join(", ");
+            let wrong = || Error::invalid("config.mode", format!("{said:?} is none of {names}"));
+            found.map(|(_, mode)| mode).ok_or_else(wrong)
+        });
+        if mode.is_some() && kind != NetworkKind::Macvlan {
+            let text = format!("a network of type {} is not shared so; macvlan is", kind.as_str());
+            return Err(Error::invalid("config.mode", text));
+        }
+        if vlan.is_some() && kind == NetworkKind::HostBridge {
+            let text = "which VLAN of a bridge's a guest is in, its NIC says (vlan)";
+            return Err(Error::invalid("config.vlan", text));
+        }
+        let mode = mode.transpose()?.unwrap_or_default();
+        Ok(Self { kind, link: ParentLink { parent: parent.to_owned(), vlan, mode }, mtu })
     }
 }
 
@@ -174,12 +200,26 @@ mod tests {
         else {
             panic!("an uplink")
         };
-        assert_eq!(lan.link, ParentLink { parent: "eth1".into(), vlan: Some(7) });
+        let mode = MacvlanMode::Bridge;
+        assert_eq!(lan.link, ParentLink { parent: "eth1".into(), vlan: Some(7), mode });
+        let Ok(NetworkForm::Uplink(lan)) = parse(&[("parent", "eth1"), ("mode", "vepa")]) else {
+            panic!("an uplink")
+        };
+        assert_eq!(lan.link.mode, MacvlanMode::Vepa);
+        let of = |kind: NetworkKind, key: &str, value: &str| {
+            let config =
+                [("parent", "br0"), (key, value)].map(|(k, v)| (k.to_string(), v.to_string())).into();
+            NetworkForm::parse(kind, "lan", &config).err().and_then(|e| e.field)
+        };
+        assert_eq!(of(NetworkKind::HostBridge, "mtu", "1400"), None);
+        assert_eq!(of(NetworkKind::HostBridge, "vlan", "7").as_deref(), Some("config.vlan"));
+        assert_eq!(of(NetworkKind::Physical, "mode", "vepa").as_deref(), Some("config.mode"));
         for (pairs, field) in [
             (&[][..], "parent"),
             (&[("parent", "a b")], "parent"),
             (&[("parent", "eth1"), ("vlan", "0")], "vlan"),
             (&[("parent", "eth1"), ("mtu", "9")], "mtu"),
+            (&[("parent", "eth1"), ("mode", "alone")], "mode"),
             (&[("parent", "eth1"), ("ipv4.address", "10.0.0.1/24")], "ipv4.address"),
         ] {
             assert_eq!(parse(pairs).unwrap_err().field, Some(format!("config.{field}")), "{pairs:?}");

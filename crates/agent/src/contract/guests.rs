@@ -200,7 +200,7 @@ async fn refused_starts(guest: &Guest<'_>) {
     refused(agent.guest_start(&s.change(), spec).await, ErrorKind::NotFound);
     let mut spec = guest.spec.clone();
     // What names the host is its policy's to grant.
-    let ungranted = ParentLink { parent: "karst-no-such".into(), vlan: None };
+    let ungranted = ParentLink { parent: "karst-no-such".into(), vlan: None, mode: Default::default() };
     let routed = RoutedLink {
         parent: None,
         addresses: vec!["203.0.113.9".parse().unwrap()],

@@ -191,9 +191,9 @@ fn make(dir: &Path, namespace: BorrowedFd<'_>, nic: &Nic, spec: &ResolvedNic) ->
                 routed.addresses.iter().try_for_each(|a| nic::set_proxy(&uplink.name, *a, true))?;
             }
         }
-        ResolvedLink::Macvlan(link) => nic::create_macvlan(&parent(spec, link)?, &end)?,
-        ResolvedLink::Physical(ParentLink { parent: name, vlan: Some(vlan) }) => {
-            let below = parent(spec, &ParentLink { parent: name.clone(), vlan: None })?;
+        ResolvedLink::Macvlan(link) => nic::create_macvlan(&parent(spec, link)?, link.mode, &end)?,
+        ResolvedLink::Physical(ParentLink { parent: name, vlan: Some(vlan), mode }) => {
+            let below = parent(spec, &ParentLink { parent: name.clone(), vlan: None, mode: *mode })?;
             let mac =
                 if spec.mac.is_empty() { below.mac.clone().unwrap_or_default() } else { spec.mac.clone() };
             nic::create_vlan(&below, *vlan, &GuestEnd { mac: &mac, ..end })
@@ -330,7 +330,7 @@ pub(crate) fn remove(name: &str) -> Result<()> {
 
 fn forget_proxies(spec: &ResolvedNic) -> Result<()> {
     let ResolvedLink::Routed { link: routed, .. } = &spec.link else { return Ok(()) };
-    let Some(ParentLink { parent, vlan }) = &routed.parent else { return Ok(()) };
+    let Some(ParentLink { parent, vlan, .. }) = &routed.parent else { return Ok(()) };
     let name = vlan.map_or_else(|| parent.clone(), |v| format!("{parent}.{v}"));
     routed.addresses.iter().try_for_each(|a| nic::set_proxy(&name, *a, false))
 }

@@ -9,7 +9,11 @@ use karst_host::{
     link::{self, Link},
     nic, sysctl,
 };
-use karst_model::{Error, NetworkId, Result, network::ExternalInterface, spec::NetworkSpec};
+use karst_model::{
+    Error, NetworkId, Result,
+    network::{BridgeSpec, ExternalInterface},
+    spec::NetworkSpec,
+};
 use std::net::IpAddr;
 use uuid::Uuid;
 
@@ -50,17 +54,13 @@ pub(crate) fn ensure(daemon: &str, paths: &Paths, wanted: &Record) -> Result<()>
                 Error::conflict(format!("another network has the bridge {:?}", wanted.bridge)).at("name")
             );
         }
-        if let (Some(a), Some(b)) = (other.spec.ipv4, wanted.spec.ipv4)
-            && (a.contains(&b.network()) || b.contains(&a.network()))
-        {
-            return Err(Error::conflict(format!("{b} overlaps {a} of the network on {:?}", other.bridge))
-                .at("config.ipv4.address"));
-        }
-        if let (Some(a), Some(b)) = (other.spec.ipv6, wanted.spec.ipv6)
-            && (a.contains(&b.network()) || b.contains(&a.network()))
-        {
-            return Err(Error::conflict(format!("{b} overlaps {a} of the network on {:?}", other.bridge))
-                .at("config.ipv6.address"));
+        let overlap = |a: &IpNet, b: &IpNet| a.contains(&b.network()) || b.contains(&a.network());
+        for b in wanted.spec.own() {
+            if let Some(a) = other.spec.own().find(|a| overlap(a, &b)) {
+                let key = if b.addr().is_ipv4() { "config.ipv4.address" } else { "config.ipv6.address" };
+                let text = format!("{b} overlaps {a} of the network on {:?}", other.bridge);
+                return Err(Error::conflict(text).at(key));
+            }
         }
     }
     let recorded_external = before.as_ref().map(|r| r.spec.external_interfaces.clone()).unwrap_or_default();
@@ -108,12 +108,19 @@ pub(crate) fn ensure(daemon: &str, paths: &Paths, wanted: &Record) -> Result<()>
         sysctl::set(&["net", "ipv6", "conf", name, "ndisc_notify"], "1")?;
         link::set_mac(name, mac)?;
     }
+    let tree = |spec: &BridgeSpec| spec.stp.is_some() || spec.forward_delay.is_some();
+    let had_tree = before.as_ref().is_some_and(|b| tree(&b.spec));
     let mtu = wanted.spec.mtu.or_else(|| before.and_then(|b| b.spec.mtu).map(|_| 1500));
     if let Some(mtu) = mtu.filter(|m| *m != found.mtu) {
         link::set_mtu(name, mtu)?;
     }
     if let Some(on) = wanted.spec.multicast_snooping {
         link::set_multicast_snooping(name, on)?;
+    }
+    if tree(&wanted.spec) || had_tree {
+        let on = wanted.spec.stp.unwrap_or(false);
+        // The kernel's own delay where only the tree is said; without a tree nobody waits.
+        link::set_spanning_tree(name, on, wanted.spec.forward_delay.unwrap_or(if on { 15 } else { 0 }))?;
     }
     settings(paths, wanted)?;
     if !found.up {
@@ -222,10 +229,7 @@ fn ensure_vlan(daemon: &str, wanted: &Record, text: &str, parent: &str, vlan: u1
 /// guest's loss, and nobody else's.
 pub(crate) fn routes(spec: &NetworkSpec) -> Result<()> {
     let Some(found) = link::get(&spec.bridge)? else { return Ok(()) };
-    let own = |net: IpNet| {
-        spec.spec.ipv4.is_some_and(|n| IpNet::V4(n.trunc()) == net)
-            || spec.spec.ipv6.is_some_and(|n| IpNet::V6(n.trunc()) == net)
-    };
+    let own = |net: IpNet| spec.spec.own().any(|n| n.trunc() == net);
     let pair = |n: IpNet| (n.addr(), n.prefix_len());
     let networks: Vec<(IpAddr, u8)> = spec.spec.subnets().filter(|n| !own(*n)).map(pair).collect();
     let guests = spec.hosts.iter().flat_map(|h| h.routes.iter().map(|n| pair(n.trunc())));
@@ -290,9 +294,7 @@ fn settings(paths: &Paths, wanted: &Record) -> Result<()> {
 }
 
 fn addresses(wanted: &Record, index: u32) -> Result<()> {
-    let v4 = wanted.spec.ipv4.map(|n| (IpAddr::V4(n.addr()), n.prefix_len()));
-    let v6 = wanted.spec.ipv6.map(|n| (IpAddr::V6(n.addr()), n.prefix_len()));
-    let mut missing: Vec<(IpAddr, u8)> = v4.into_iter().chain(v6).collect();
+    let mut missing: Vec<(IpAddr, u8)> = wanted.spec.own().map(|n| (n.addr(), n.prefix_len())).collect();
     for found in link::addresses(Some(index))? {
         let link_local = matches!(found.address, IpAddr::V6(a) if a.is_unicast_link_local());
         let at = missing.iter().position(|w| *w == (found.address, found.prefix));

@@ -19,7 +19,6 @@ use karst_model::{
     firewall::{
         AclSpec, Action, AddressRange, Direction, Policy, Protocol, RuleSpec, Subject, evaluate, merge,
     },
-    network::BridgeSpec,
     spec::{NetworkHost, NetworkSpec, PortSpec},
 };
 use std::{collections::BTreeSet, net::IpAddr};
@@ -62,26 +61,48 @@ pub(crate) fn tables(
     [inet, bridge]
 }
 
+/// What what leaves is translated to: by TCP and UDP, if ports are chosen for them, and by all else.
+fn translated_to(
+    family: &str,
+    (first, last): (Option<IpAddr>, Option<IpAddr>),
+    ports: Option<(u16, u16)>,
+) -> Vec<String> {
+    let to = first.map(|first| match last {
+        None => first.to_string(),
+        Some(last) => format!("{first}-{last}"),
+    });
+    let rest = to.as_ref().map_or("masquerade".to_owned(), |to| format!("snat {family} to {to}"));
+    let chosen = ports.map(|(first, last)| match &to {
+        None => format!("masquerade to :{first}-{last}"),
+        Some(to) => format!("snat {family} to {to}:{first}-{last}"),
+    });
+    let by =
+        |protocol: &'static str| chosen.as_ref().map(|chosen| format!("meta l4proto {protocol} {chosen}"));
+    by("tcp").into_iter().chain(by("udp")).chain([rest]).collect()
+}
+
 fn translation(daemon: &str, t: &mut Table, networks: &[NetworkSpec]) {
     for network in networks {
-        let BridgeSpec { ipv4, ipv6, nat, nat6, nat_address, nat6_address, nat_after, nat6_after, .. } =
-            &network.spec;
-        let v4 = ipv4
-            .filter(|_| *nat)
-            .map(|n| ("ip", n.trunc().to_string(), nat_address.map(|a| a.to_string()), *nat_after));
-        let v6 = ipv6
-            .filter(|_| *nat6)
-            .map(|n| ("ip6", n.trunc().to_string(), nat6_address.map(|a| a.to_string()), *nat6_after));
-        for (family, subnet, address, after) in v4.into_iter().chain(v6) {
+        let spec = &network.spec;
+        let range4 = (spec.nat_address.map(IpAddr::V4), spec.nat_last.map(IpAddr::V4));
+        let range6 = (spec.nat6_address.map(IpAddr::V6), spec.nat6_last.map(IpAddr::V6));
+        let to4 = translated_to("ip", range4, spec.nat_ports);
+        let to6 = translated_to("ip6", range6, spec.nat6_ports);
+        let v4 =
+            spec.own4().filter(|_| spec.nat).map(|n| ("ip", n.trunc().to_string(), &to4, spec.nat_after));
+        let v6 =
+            spec.own6().filter(|_| spec.nat6).map(|n| ("ip6", n.trunc().to_string(), &to6, spec.nat6_after));
+        for (family, subnet, all, after) in v4.chain(v6) {
             let (chain, priority) =
                 if after { ("postrouting_after", "srcnat + 1") } else { ("postrouting", "srcnat") };
-            let to = address.map_or("masquerade".to_owned(), |a| format!("snat {family} to {a}"));
-            // `oifname`: with br_netfilter the guests' own multicasts pass here too, and must keep their source.
-            t.base(chain, &format!("nat hook postrouting priority {priority}; policy accept")).push(format!(
-                "{family} saddr {subnet} {family} daddr != {subnet} oifname != \"{}\" {to} comment \"{}\"",
-                network.bridge,
-                crate::render::alias(daemon, network.id)
-            ));
+            for to in all {
+                // `oifname`: with br_netfilter the guests' own multicasts pass here too, and must keep their source.
+                t.base(chain, &format!("nat hook postrouting priority {priority}; policy accept")).push(format!(
+                    "{family} saddr {subnet} {family} daddr != {subnet} oifname != \"{}\" {to} comment \"{}\"",
+                    network.bridge,
+                    crate::render::alias(daemon, network.id)
+                ));
+            }
         }
         forwards(t, network);
     }
@@ -237,9 +258,9 @@ fn core(rules: &mut Vec<String>, direction: Direction, network: &NetworkSpec, re
     rules.push("icmp type { 3, 11, 12 } accept".into());
     rules.push("icmpv6 type { 1-4, 130-136, 143 } accept".into());
     if direction == Direction::Egress {
-        let v4 = network.spec.ipv4.map(|n| format!("ip daddr {}", n.addr()));
-        let v6 = network.spec.ipv6.map(|n| format!("ip6 daddr {}", n.addr()));
-        for own in v4.into_iter().chain(v6) {
+        let v4 = network.spec.own4().map(|n| format!("ip daddr {}", n.addr()));
+        let v6 = network.spec.own6().map(|n| format!("ip6 daddr {}", n.addr()));
+        for own in v4.chain(v6) {
             for protocol in ["udp", "tcp"] {
                 rules.push(format!("{own} {protocol} dport 53 {remembered}"));
             }
@@ -689,4 +710,26 @@ fn port_chain(
     policy_rules(logs, t, &mut rules, networks, network, policy, direction, &verdicts);
     *t.chain(&name) = rules;
     name
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_leaves_is_translated_to() {
+        let at = |text: &str| text.parse::<IpAddr>().ok();
+        assert_eq!(translated_to("ip", (None, None), None), ["masquerade"]);
+        assert_eq!(translated_to("ip", (at("192.0.2.1"), None), None), ["snat ip to 192.0.2.1"]);
+        let range = (at("192.0.2.1"), at("192.0.2.9"));
+        let all = translated_to("ip", range, Some((1024, 65535)));
+        let wanted = [
+            "meta l4proto tcp snat ip to 192.0.2.1-192.0.2.9:1024-65535",
+            "meta l4proto udp snat ip to 192.0.2.1-192.0.2.9:1024-65535",
+            "snat ip to 192.0.2.1-192.0.2.9",
+        ];
+        assert_eq!(all, wanted);
+        let all = translated_to("ip6", (None, None), Some((1024, 65535)));
+        assert_eq!(all[0], "meta l4proto tcp masquerade to :1024-65535");
+    }
 }

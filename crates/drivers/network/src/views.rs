@@ -220,10 +220,10 @@ pub(crate) fn rules(inet: &mut Table, bridge: &mut Table, networks: &[NetworkSpe
                 "iifname \"{}\" meta mark {mark:#010x} fib daddr type local meta l4proto {{ tcp, udp }} th dport 53 redirect to :{port}",
                 network.bridge
             ));
-            let v4 = network.spec.ipv4.map(|n| format!("ip daddr {}", n.addr()));
-            let v6 = network.spec.ipv6.map(|n| format!("ip6 daddr {}", n.addr()));
+            let v4 = network.spec.own4().map(|n| format!("ip daddr {}", n.addr()));
+            let v6 = network.spec.own6().map(|n| format!("ip6 daddr {}", n.addr()));
             let guard = inet.base("view_guard", "filter hook input priority filter - 1; policy accept");
-            guard.extend(v4.into_iter().chain(v6).map(|own| {
+            guard.extend(v4.chain(v6).map(|own| {
                 format!(
                     "iifname != \"lo\" {own} meta l4proto {{ tcp, udp }} th dport {port} ct status & dnat == 0 drop"
                 )

@@ -41,10 +41,12 @@ pub(crate) fn rules(daemon: &str, t: &mut Table, networks: &[NetworkSpec]) {
         }
         let own = |name: &str| network.owner.map(|_| name.to_owned());
         for addresses in [format!("w4_{side}"), "w4_all".to_owned()].into_iter().chain(own("w4_own")) {
-            t.set(&addresses, "type ipv4_addr;").extend(network.spec.ipv4.map(|net| net.addr().to_string()));
+            t.set(&addresses, "type ipv4_addr;")
+                .extend(network.spec.own4().map(|net| net.addr().to_string()));
         }
         for addresses in [format!("w6_{side}"), "w6_all".to_owned()].into_iter().chain(own("w6_own")) {
-            t.set(&addresses, "type ipv6_addr;").extend(network.spec.ipv6.map(|net| net.addr().to_string()));
+            t.set(&addresses, "type ipv6_addr;")
+                .extend(network.spec.own6().map(|net| net.addr().to_string()));
         }
         t.map("walls_from", "type ifname : verdict;").insert(format!("{bridge} : goto wf_{side}"));
         t.map("walls_at", "type ifname : verdict;").insert(format!("{bridge} : goto wh_{side}"));

@@ -240,13 +240,13 @@ pub(crate) fn open_tap(dir: &Path, nic: &ResolvedNic) -> Result<OwnedFd> {
         ResolvedLink::Bridge(bridge) => {
             tap::open(&tap::TapSpec { name: &nic.host_interface, bridge, guest_mac: &nic.mac, mtu: nic.mtu })?
         }
-        ResolvedLink::Macvlan(ParentLink { parent, vlan }) => {
+        ResolvedLink::Macvlan(ParentLink { parent, vlan, mode }) => {
             let name = vlan.map_or_else(|| parent.clone(), |v| format!("{parent}.{v}"));
             let found = link::get(&name)?.ok_or_else(|| {
                 Error::not_found(format!("this host has no interface {name:?}")).at(field("parent"))
             })?;
             drop_link(nic)?;
-            karst_host::nic::create_macvtap(&found, &nic.host_interface, &nic.mac, nic.mtu)
+            karst_host::nic::create_macvtap(&found, *mode, &nic.host_interface, &nic.mac, nic.mtu)
                 .map_err(|e| e.at(field("parent")))?;
             let opened = link::set_up(&nic.host_interface, true)
                 .and_then(|()| tap::open_macvtap(&nic.host_interface, dir));

@@ -137,7 +137,7 @@ impl EngineInner {
             // Of what is not a bridge of ours nobody here gives addresses out: the guests on it share the wire and no more.
             let (ipv4, ipv6) = match network.kind {
                 NetworkKind::Bridge => (*ipv4, *ipv6),
-                NetworkKind::Macvlan | NetworkKind::Physical => (None, None),
+                NetworkKind::Macvlan | NetworkKind::Physical | NetworkKind::HostBridge => (None, None),
             };
             let host = NetworkHost { mac, ipv4, ipv6, ..Default::default() };
             let refuse = |shared: &Shared, by: &str| {

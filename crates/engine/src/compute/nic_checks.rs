@@ -5,7 +5,7 @@
 
 use super::{
     expand::ParsedDevices,
-    nics::{demand_plain, network_of},
+    nics::{demand_no_lease, demand_plain, network_of},
 };
 use crate::{EngineInner, Records, db::Tx};
 use karst_model::{
@@ -14,7 +14,7 @@ use karst_model::{
     instance::Instance,
     network::BridgeSpec,
     spec::NetworkHost,
-    uplink::NetworkForm,
+    uplink::{NetworkForm, NetworkKind},
 };
 use std::{collections::BTreeSet, net::IpAddr};
 
@@ -86,7 +86,10 @@ fn check_ports(records: &Records, tx: &mut Tx, project: ProjectId, parsed: &Pars
         let bridge = match row.form()? {
             NetworkForm::Bridge(bridge) => bridge,
             NetworkForm::Uplink(uplink) => {
-                demand_plain(device, nic, uplink.kind)?;
+                match uplink.kind {
+                    NetworkKind::HostBridge => demand_no_lease(device, nic, &uplink.link.parent)?,
+                    kind => demand_plain(device, nic, kind)?,
+                }
                 if seen.insert(row.id) {
                     tx.expect(row);
                     tx.expect_unlocked(&crate::network::lock(row.id));

@@ -39,7 +39,7 @@ pub(crate) fn network_of<'a, 'n>(
 }
 
 /// No DHCP of ours serves a bridge of the host.
-fn demand_no_lease(device: &str, nic: &NicDevice, parent: &str) -> Result<()> {
+pub(crate) fn demand_no_lease(device: &str, nic: &NicDevice, parent: &str) -> Result<()> {
     let filters = nic.port.ipv4_filter || nic.port.ipv6_filter;
     let keys = [("ipv4.address", nic.ipv4.is_some()), ("ipv6.address", nic.ipv6.is_some())];
     if let Some((key, _)) = keys.iter().find(|(_, set)| *set && !filters) {
@@ -102,6 +102,7 @@ pub(super) fn link(
 ) -> Result<(NicLink, Option<u32>)> {
     let uplink = |kind: NetworkKind, link: ParentLink| match kind {
         NetworkKind::Physical => NicLink::Physical(link),
+        NetworkKind::HostBridge => NicLink::Bridge(link.parent),
         _ => NicLink::Macvlan(link),
     };
     let (link, mtu) = match &nic.kind {

@@ -105,7 +105,8 @@ impl Records {
     /// The names that a network has: scope and name.
     pub(crate) fn network_names(&self, network: &Network) -> Vec<(String, String)> {
         let mut names = vec![(self.network_scope(network.project), network.name.to_string())];
-        if self.owner_of(network.project).is_some() && network.kind == NetworkKind::Bridge {
+        let apart = network.interface.as_ref().is_some_and(|i| **i != *network.name);
+        if (apart || self.owner_of(network.project).is_some()) && network.kind == NetworkKind::Bridge {
             names.push((String::new(), network.interface().to_owned()));
         }
         names

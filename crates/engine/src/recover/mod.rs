@@ -544,8 +544,11 @@ async fn adopt_network(inner: &Arc<EngineInner>, network: Network) -> Result<()>
             if records.networks.contains_key(&network.id) || records.network(project, &network.name).is_ok() {
                 return Ok(());
             }
-            tx.take_name("networks", "", &network.name, &network.id.to_string());
-            tx.create(&Network { project, spec_version: 1, ..network.clone() });
+            let adopted = Network { project, spec_version: 1, ..network.clone() };
+            for (scope, name) in records.network_names(&adopted) {
+                tx.take_name("networks", &scope, &name, &network.id.to_string());
+            }
+            tx.create(&adopted);
             Ok(())
         })
         .await

@@ -238,3 +238,69 @@ async fn names_are_answered_as_they_are_said() {
     let names = server.host.network_spec(id).unwrap().spec.names;
     assert_eq!((names.hosts.len(), names.texts.len(), names.services.len()), (1, 1, 1));
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn ways_out_and_subnets() {
+    let server = Server::start().await;
+    let mut client = server.open("full", "qemu:///system").await;
+    let admin = Context::new(Principal::system());
+    let inner = "<forward mode='nat'><nat><address start='192.0.2.1' end='192.0.2.9'/><port start='500' end='1000'/></nat></forward>\
+        <bridge name='virbr7' stp='on' delay='3'/><mac address='52:54:00:00:00:07'/>\
+        <ip address='10.99.8.1' prefix='24'><dhcp><range start='10.99.8.20' end='10.99.8.30'/></dhcp></ip>\
+        <ip address='10.99.9.1' prefix='24'/>";
+    let n1 = define(&mut client, &document(inner)).await.unwrap();
+    let shown = dump(&mut client, &n1).await;
+    for part in [
+        "<address start='192.0.2.1' end='192.0.2.9'/>",
+        "<port start='500' end='1000'/>",
+        "<bridge name='virbr7' stp='on' delay='3'/>",
+        "<mac address='52:54:00:00:00:07'/>",
+        "<ip address='10.99.9.1' netmask='255.255.255.0'",
+    ] {
+        assert!(shown.contains(part), "{part}: {shown}");
+    }
+    define(&mut client, &shown).await.unwrap();
+    assert_eq!(dump(&mut client, &n1).await, shown, "its own document changes nothing");
+    client.call(39, &n1).await.unwrap();
+    let payload = client.call(45, &n1).await.unwrap();
+    assert_eq!(Reader::new(&payload).string().unwrap(), "virbr7");
+    let id = server.engine.network(&admin, "default", "n1").unwrap().id;
+    let spec = server.host.network_spec(id).unwrap();
+    assert_eq!(
+        (spec.bridge.as_str(), spec.spec.own4().count(), spec.spec.nat_ports),
+        ("virbr7", 2, Some((500, 1000)))
+    );
+    // Its bridge's name is taken, and its second subnet.
+    let other = |inner: &str| format!("<network><name>n2</name>{inner}</network>");
+    for taken in ["<bridge name='virbr7'/>", "<bridge name='n1'/>", "<ip address='10.99.9.9' prefix='25'/>"] {
+        let refused = define(&mut client, &other(taken)).await.unwrap_err();
+        assert_eq!(refused.0, Code::OperationInvalid as i32, "{taken}: {refused:?}");
+    }
+    for procedure in [42, 49] {
+        client.call(procedure, &n1).await.unwrap();
+    }
+    // What the host has: an interface that it grants, shared, and one as a bridge.
+    let vepa =
+        other("<forward dev='granted0' mode='vepa'><interface dev='granted0'/></forward><mtu size='1400'/>");
+    let n2 = define(&mut client, &vepa).await.unwrap();
+    let shown = dump(&mut client, &n2).await;
+    assert!(
+        shown.contains("<forward dev='granted0' mode='vepa'>") && shown.contains("size='1400'"),
+        "{shown}"
+    );
+    client.call(39, &n2).await.unwrap();
+    for procedure in [42, 49] {
+        client.call(procedure, &n2).await.unwrap();
+    }
+    let n2 = define(&mut client, &other("<forward mode='bridge'/><bridge name='granted0'/>")).await.unwrap();
+    let shown = dump(&mut client, &n2).await;
+    assert!(
+        shown.contains("<forward mode='bridge'/>") && shown.contains("<bridge name='granted0'/>"),
+        "{shown}"
+    );
+    let payload = client.call(45, &n2).await.unwrap();
+    assert_eq!(Reader::new(&payload).string().unwrap(), "granted0");
+    client.call(49, &n2).await.unwrap();
+    let ungranted = other("<forward mode='bridge'/><bridge name='br9'/>");
+    assert_eq!(define(&mut client, &ungranted).await.unwrap_err().0, Code::AccessDenied as i32);
+}

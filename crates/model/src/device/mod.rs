@@ -22,7 +22,7 @@ pub use kernel::*;
 pub use nic::*;
 pub use nic_keys::NIC_KEYS;
 pub(crate) use nic_kind::vlan_id;
-pub use nic_kind::{NicKind, ParentLink, RoutedLink, nic_kinds};
+pub use nic_kind::{MacvlanMode, NicKind, ParentLink, RoutedLink, nic_kinds};
 pub use node::*;
 pub use other_keys::DEVICE_KEYS;
 pub use port::*;

@@ -39,6 +39,43 @@ pub struct ParentLink {
     /// VLAN on it, 1 to 4094.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub vlan: Option<u16>,
+    /// How guests share it, where it is shared.
+    #[serde(default, skip_serializing_if = "MacvlanMode::is_usual")]
+    pub mode: MacvlanMode,
+}
+
+/// How guests with addresses of their own share an interface of the host.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, Default)]
+#[serde(rename_all = "snake_case")]
+pub enum MacvlanMode {
+    /// They reach each other.
+    #[default]
+    Bridge,
+    /// They do not.
+    Private,
+    /// They do by way of a switch beyond the interface that sends back what it gets.
+    Vepa,
+    /// One has it alone.
+    Passthrough,
+}
+
+impl MacvlanMode {
+    /// All of them, by name.
+    pub const ALL: [(&'static str, Self); 4] = [
+        ("bridge", Self::Bridge),
+        ("private", Self::Private),
+        ("vepa", Self::Vepa),
+        ("passthrough", Self::Passthrough),
+    ];
+
+    /// As users write it.
+    pub fn as_str(self) -> &'static str {
+        Self::ALL.iter().find(|(_, mode)| *mode == self).map_or("bridge", |(name, _)| name)
+    }
+
+    fn is_usual(&self) -> bool {
+        *self == Self::default()
+    }
 }
 
 /// What a routed NIC has.
@@ -216,7 +253,7 @@ impl NicKind {
 }
 
 fn parent(keys: &Keys<'_>) -> Result<ParentLink> {
-    Ok(ParentLink { parent: parent_name(keys)?, vlan: vlan(keys)? })
+    Ok(ParentLink { parent: parent_name(keys)?, vlan: vlan(keys)?, mode: MacvlanMode::default() })
 }
 
 fn parent_name(keys: &Keys<'_>) -> Result<String> {
@@ -302,7 +339,7 @@ mod tests {
         let kind = |pairs: &[(&str, &str)]| nic(pairs).unwrap().kind;
         assert_eq!(kind(&[("network", "n")]).network(), Some("n"));
         assert_eq!(kind(&[("nictype", "bridged"), ("parent", "br0")]).network(), Some("br0"));
-        let eth1 = |vlan| ParentLink { parent: "eth1".into(), vlan };
+        let eth1 = |vlan| ParentLink { parent: "eth1".into(), vlan, mode: MacvlanMode::Bridge };
         assert_eq!(kind(&[("nictype", "macvlan"), ("parent", "eth1")]), NicKind::Macvlan(eth1(None)));
         assert_eq!(
             kind(&[("nictype", "physical"), ("parent", "eth1"), ("vlan", "7")]),

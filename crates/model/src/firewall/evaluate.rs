@@ -440,10 +440,10 @@ fn masqueraded(
         (Some(n), Some(m)) if n != m => {
             let spec = &networks[n].spec;
             match packet.source {
-                IpAddr::V4(a) if spec.nat && spec.ipv4.is_some_and(|net| net.contains(&a)) => {
+                IpAddr::V4(a) if spec.nat && spec.own4().any(|net| net.contains(&a)) => {
                     spec.nat_address.map(IpAddr::V4).or_else(|| gateway(m))
                 }
-                IpAddr::V6(a) if spec.nat6 && spec.ipv6.is_some_and(|net| net.contains(&a)) => {
+                IpAddr::V6(a) if spec.nat6 && spec.own6().any(|net| net.contains(&a)) => {
                     spec.nat6_address.map(IpAddr::V6).or_else(|| gateway(m))
                 }
                 _ if forwarded && snat(networks, packet, listened) => gateway(m),

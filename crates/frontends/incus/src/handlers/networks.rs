@@ -69,6 +69,7 @@ pub async fn create(call: Call) -> Result<Reply> {
         config: f.config("config")?.unwrap_or_default(),
         any_name: false,
         beginning: Default::default(),
+        interface: None,
     };
     f.finish(&[])?;
     let (name, operation) = call.engine().network_create(&call.context, call.project(), request).await?;

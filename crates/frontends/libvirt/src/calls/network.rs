@@ -153,6 +153,11 @@ pub async fn autostart(call: Call) -> Answered {
 /// `NETWORK_GET_BRIDGE_NAME`: its network's name, unless another project's network has that already.
 pub async fn bridge(call: Call) -> Answered {
     let network = only(&call)?;
+    if network.kind == NetworkKind::HostBridge
+        && let Some(bridge) = network.config.get("parent")
+    {
+        return Ok(text(bridge));
+    }
     if network.kind != NetworkKind::Bridge {
         let text = format!("network '{}' does not have a bridge name.", &*network.name);
         return Err(VirError::new(Code::InternalError, Part::Network, text));

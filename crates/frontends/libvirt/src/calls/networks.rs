@@ -181,6 +181,7 @@ async fn create_new(call: &Call, mut new: NewNetwork, beginning: NetworkBeginnin
         config: new.config,
         any_name: false,
         beginning,
+        interface: new.interface,
     };
     let (_, operation) = engine.network_create(context, &call.opened()?.project, request).await?;
     ended(operation).await?;
@@ -390,10 +391,13 @@ pub async fn port_xml(call: Call) -> Answered {
         NetworkKind::Bridge => {
             Element::new("plug").with("type", "network").with("bridge", network.interface())
         }
+        NetworkKind::HostBridge => {
+            Element::new("plug").with("type", "bridge").with_some("bridge", network.config.get("parent"))
+        }
         _ => Element::new("plug")
             .with("type", "direct")
             .with_some("dev", network.config.get("parent"))
-            .with("mode", "bridge"),
+            .with("mode", network.config.get("mode").map_or("bridge", String::as_str)),
     };
     let owner = Element::new("owner")
         .child(Element::text("name", &port.guest.instance.name))

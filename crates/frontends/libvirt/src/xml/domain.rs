@@ -32,6 +32,7 @@ use karst_model::{
     node::{AcceleratorKind, HostFacts},
     screens::{ScreenOptions, Screens},
     storage::VolumeContent,
+    uplink::NetworkKind,
 };
 
 /// A NIC with what the instance's record keeps of it.
@@ -121,7 +122,9 @@ pub fn document_of(
     let records = call.session.front.engine.inner().inventory.read();
     let bridge = |network: &str| {
         let found = records.network(instance.project, network).ok();
-        found.map_or(network, |n| n.interface()).to_owned()
+        let of_host =
+            found.filter(|n| n.kind == NetworkKind::HostBridge).and_then(|n| n.config.get("parent"));
+        of_host.map_or(found.map_or(network, |n| n.interface()), String::as_str).to_owned()
     };
     let bridge: &dyn Fn(&str) -> String = &bridge;
     if let (Driver::Qemu, Some(hardware)) = (driver, &instance.hardware) {

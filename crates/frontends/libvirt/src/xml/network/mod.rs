@@ -68,18 +68,30 @@ pub fn document_of(network: &Network, guests: &[Arc<InstanceView>], side: Side) 
     }
     if network.kind != NetworkKind::Bridge {
         let device = config.get("parent").cloned().unwrap_or_default();
-        let interface = Element::new("interface").with("dev", &device);
-        e.push(Element::new("forward").with("dev", &device).with("mode", "bridge").child(interface));
+        if network.kind == NetworkKind::HostBridge {
+            e.push(Element::new("forward").with("mode", "bridge"));
+            e.push(Element::new("bridge").with("name", &device));
+        } else {
+            let mode = config.get("mode").map_or("bridge", String::as_str);
+            let interface = Element::new("interface").with("dev", &device);
+            e.push(Element::new("forward").with("dev", &device).with("mode", mode).child(interface));
+        }
+        e.push_some(config.get("mtu").map(|size| Element::new("mtu").with("size", size)));
         return Ok(e.document());
     }
     let spec = BridgeSpec::parse(network.interface(), config)?;
     // Routed without translation is libvirt's "route", "open" where other firewalls are left alone; neither is an isolated network.
     if spec.nat || spec.nat6 {
         let mut forward = Element::new("forward").with("mode", "nat");
-        let address = spec.nat_address.map(IpAddr::from).or(spec.nat6_address.map(IpAddr::from));
-        if spec.nat6 || address.is_some() {
+        let range4 =
+            spec.nat_address.map(|a| (IpAddr::V4(a), spec.nat_last.map_or(IpAddr::V4(a), IpAddr::V4)));
+        let range6 =
+            spec.nat6_address.map(|a| (IpAddr::V6(a), spec.nat6_last.map_or(IpAddr::V6(a), IpAddr::V6)));
+        let (addresses, ports) = (range4.or(range6), spec.nat_ports.or(spec.nat6_ports));
+        if spec.nat6 || addresses.is_some() || ports.is_some() {
             let mut nat = Element::new("nat").with_some("ipv6", spec.nat6.then_some("yes"));
-            nat.push_some(address.map(|a| Element::new("address").with("start", a).with("end", a)));
+            nat.push_some(addresses.map(|(a, b)| Element::new("address").with("start", a).with("end", b)));
+            nat.push_some(ports.map(|(a, b)| Element::new("port").with("start", a).with("end", b)));
             forward.push(nat);
         }
         e.push(forward);
@@ -87,7 +99,9 @@ pub fn document_of(network: &Network, guests: &[Arc<InstanceView>], side: Side) 
         let closed = spec.ipv4.is_some() && spec.firewall || spec.ipv6.is_some() && spec.firewall6;
         e.push(Element::new("forward").with("mode", if closed { "route" } else { "open" }));
     }
-    e.push(Element::new("bridge").with("name", network.interface()).with("stp", "off").with("delay", 0));
+    let stp = if spec.stp == Some(true) { "on" } else { "off" };
+    let bridge = Element::new("bridge").with("name", network.interface()).with("stp", stp);
+    e.push(bridge.with("delay", spec.forward_delay.unwrap_or(0)));
     if let Some(mtu) = spec.mtu {
         e.push(Element::new("mtu").with("size", mtu));
     }
@@ -128,6 +142,9 @@ pub fn document_of(network: &Network, guests: &[Arc<InstanceView>], side: Side) 
         }
         e.push(ip);
     }
+    for net in &spec.more {
+        e.push(Element::new("ip").with("address", net.addr()).with("netmask", net.netmask()));
+    }
     if let Some(net) = spec.ipv6 {
         let ip = Element::new("ip").with("family", "ipv6").with("address", net.addr());
         let mut ip = ip.with("prefix", net.prefix_len());
@@ -137,6 +154,10 @@ pub fn document_of(network: &Network, guests: &[Arc<InstanceView>], side: Side) 
             ip.push(Element::new("dhcp").children(ranges).children(reserved(false)));
         }
         e.push(ip);
+    }
+    for net in &spec.more6 {
+        let ip = Element::new("ip").with("family", "ipv6").with("address", net.addr());
+        e.push(ip.with("prefix", net.prefix_len()));
     }
     Ok(e.document())
 }

@@ -15,8 +15,10 @@ use uuid::Uuid;
 
 /// Keys that a document says everything of; others are kept when it changes.
 const SAID: &[&str] = &[
+    "bridge.forward_delay",
     "bridge.hwaddr",
     "bridge.mtu",
+    "bridge.stp",
     "dns.domain",
     "dns.forwarders",
     "dns.hosts",
@@ -26,20 +28,25 @@ const SAID: &[&str] = &[
     "dns.srv",
     "dns.txt",
     "ipv4.address",
+    "ipv4.addresses",
     "ipv4.dhcp",
     "ipv4.dhcp.hosts",
     "ipv4.dhcp.ranges",
     "ipv4.firewall",
     "ipv4.nat",
     "ipv4.nat.address",
+    "ipv4.nat.ports",
     "ipv4.routing",
     "ipv6.address",
+    "ipv6.addresses",
     "ipv6.dhcp.ranges",
     "ipv6.dhcp.stateful",
     "ipv6.firewall",
     "ipv6.nat",
     "ipv6.nat.address",
+    "ipv6.nat.ports",
     "ipv6.routing",
+    "mode",
     "mtu",
     "parent",
 ];
@@ -60,6 +67,8 @@ pub struct NewNetwork {
     pub kind: NetworkKind,
     /// User's text.
     pub description: String,
+    /// What the bridge is to be called, where that is not the network's name.
+    pub interface: Option<String>,
     /// Keys of Karst.
     pub config: Config,
     /// Addresses that interfaces are to have.
@@ -175,12 +184,47 @@ pub fn range(e: &Element) -> Result<String, VirError> {
     Ok(format!("{}-{}", address(e, "start")?, address(e, "end")?))
 }
 
-fn forward(e: Option<&Element>, new: &mut NewNetwork) -> Result<(), VirError> {
+fn yes(e: &Element, name: &str) -> bool {
+    e.attribute(name) == Some("yes")
+}
+
+/// Ports that libvirt translates to where a document says none, which it then shows.
+const PORTS: &str = "1024-65535";
+
+/// Addresses and ports that what leaves is translated to.
+fn translation(nat: Option<&Element>, new: &mut NewNetwork) -> Result<(), VirError> {
+    let both = nat.is_some_and(|nat| yes(nat, "ipv6"));
+    let mut ports = PORTS.to_owned();
+    if let Some(nat) = nat {
+        only(nat, &["address", "port"])?;
+        if let Some(range) = nat.find("address") {
+            let start = address(range, "start")?;
+            let end = if range.attribute("end").is_some() { address(range, "end")? } else { start };
+            let family = if start.is_ipv4() { "ipv4" } else { "ipv6" };
+            let said = if start == end { start.to_string() } else { format!("{start}-{end}") };
+            new.config.insert(format!("{family}.nat.address"), said);
+        }
+        if let Some(range) = nat.find("port") {
+            let bound = |name: &str| {
+                let missing = || wrong(format!("Missing {name} of <port> in <nat>"));
+                number(range, name)?.filter(|n| (1..=65535).contains(n)).ok_or_else(missing)
+            };
+            ports = format!("{}-{}", bound("start")?, bound("end")?);
+        }
+    }
+    new.config.insert("ipv4.nat.ports".into(), ports.clone());
+    if both && !new.config.contains_key("ipv6.nat.address") {
+        new.config.insert("ipv6.nat.ports".into(), ports);
+    }
+    Ok(())
+}
+
+fn forward(network: &Element, new: &mut NewNetwork) -> Result<(), VirError> {
     let (v4, v6) = ("ipv4", "ipv6");
     let mut set = |family: &str, key: &str, value: bool| {
         new.config.insert(format!("{family}.{key}"), value.to_string());
     };
-    let Some(e) = e else {
+    let Some(e) = network.find("forward") else {
         for family in [v4, v6] {
             set(family, "nat", false);
             set(family, "routing", false);
@@ -201,46 +245,59 @@ fn forward(e: Option<&Element>, new: &mut NewNetwork) -> Result<(), VirError> {
                 return Err(refuse("forward dev", why));
             }
             set(v4, "nat", mode == "nat");
-            set(
-                v6,
-                "nat",
-                mode == "nat" && e.find("nat").is_some_and(|n| n.attribute("ipv6") == Some("yes")),
-            );
+            set(v6, "nat", mode == "nat" && e.find("nat").is_some_and(|n| yes(n, "ipv6")));
             if mode == "open" {
                 set(v4, "firewall", false);
                 set(v6, "firewall", false);
             }
-            let Some(nat) = e.find("nat") else { return Ok(()) };
-            only(nat, &["address", "port"])?;
-            if nat.find("port").is_some() {
-                return Err(refuse("port", "ports of translated connections are chosen by the kernel"));
-            }
-            if let Some(range) = nat.find("address") {
-                let (start, end) = (address(range, "start")?, address(range, "end")?);
-                if start != end {
-                    return Err(refuse("address", "what leaves is translated to one address, not a range"));
-                }
-                let family = if start.is_ipv4() { v4 } else { v6 };
-                new.config.insert(format!("{family}.nat.address"), start.to_string());
-            }
-            Ok(())
+            if mode == "nat" { translation(e.find("nat"), new) } else { Ok(()) }
         }
-        "bridge" => {
+        "bridge" | "private" | "vepa" | "passthrough" => {
             only(e, &["interface"])?;
-            let Some(device) = device().filter(|_| e.all("interface").count() <= 1) else {
-                let why = "a bridge of the host is named by the interface of a domain; a network of this mode has one \
-                           <interface dev='…'/> of the host, on which guests get addresses of their own (macvtap)";
-                return Err(refuse("forward mode='bridge'", why));
+            let bridge =
+                network.find("bridge").and_then(|b| b.attribute("name")).filter(|_| mode == "bridge");
+            let parent = match (device(), bridge) {
+                (None, Some(bridge)) => {
+                    new.kind = NetworkKind::HostBridge;
+                    bridge.to_owned()
+                }
+                (Some(_), Some(_)) => {
+                    return Err(wrong("bridge name and an interface of <forward> exclude each other"));
+                }
+                (Some(device), None) if e.all("interface").count() <= 1 => {
+                    new.kind = NetworkKind::Macvlan;
+                    if mode != "bridge" {
+                        new.config.insert("mode".into(), mode.into());
+                    }
+                    device
+                }
+                (Some(_), None) => {
+                    let why = "guests share one interface of the host; a bond is one too";
+                    return Err(refuse("forward interface", why));
+                }
+                (None, None) => {
+                    let why = "it leads to an interface of the host, <interface dev='…'/>, or with mode='bridge' to a bridge of \
+                               the host, <bridge name='…'/>";
+                    return Err(refuse(&format!("forward mode='{mode}'"), why));
+                }
             };
-            new.kind = NetworkKind::Macvlan;
-            new.config.insert("parent".into(), device);
+            new.config.insert("parent".into(), parent);
             Ok(())
         }
-        other => Err(refuse(&format!("forward mode='{other}'"), "known are nat, route, open and bridge")),
+        "hostdev" => {
+            let why = "no device of the host is handed to a virtual machine: there is no VFIO here; a pool of them could give \
+                       none. forward mode='passthrough' gives one guest an interface";
+            Err(refuse("forward mode='hostdev'", why))
+        }
+        other => Err(refuse(
+            &format!("forward mode='{other}'"),
+            "known are nat, route, open, bridge, private, vepa and passthrough",
+        )),
     }
 }
 
-fn subnet(e: &Element, new: &mut NewNetwork) -> Result<(), VirError> {
+/// The family, address and prefix of `<ip>`.
+fn net(e: &Element) -> Result<(&'static str, IpAddr, u32), VirError> {
     only(e, &["dhcp"])?;
     let at = address(e, "address")?;
     let family = match e.attribute("family") {
@@ -250,9 +307,6 @@ fn subnet(e: &Element, new: &mut NewNetwork) -> Result<(), VirError> {
     };
     if at.is_ipv4() != (family == "ipv4") {
         return Err(wrong(format!("family {family} specified for the address {at}")));
-    }
-    if new.config.contains_key(&format!("{family}.address")) {
-        return Err(refuse("ip", format!("a network has one subnet of {family}")));
     }
     let prefix = match (number(e, "prefix")?, e.attribute("netmask")) {
         (Some(_), Some(_)) => return Err(wrong("an address has a prefix or a netmask, not both")),
@@ -265,6 +319,39 @@ fn subnet(e: &Element, new: &mut NewNetwork) -> Result<(), VirError> {
         }
         (None, None) => return Err(wrong(format!("the address {at} has neither a prefix nor a netmask"))),
     };
+    Ok((family, at, prefix))
+}
+
+/// All `<ip>`: of each family the one with DHCP is the network's first, else the first is; the others are further addresses.
+fn subnets(all: &[&Element], new: &mut NewNetwork) -> Result<(), VirError> {
+    let nets: Vec<_> = all.iter().map(|e| Ok((net(e)?, *e))).collect::<Result<_, VirError>>()?;
+    for family in ["ipv4", "ipv6"] {
+        let of: Vec<_> = nets.iter().filter(|((f, ..), _)| *f == family).collect();
+        let served = of.iter().filter(|(_, e)| e.find("dhcp").is_some()).count();
+        if served > 1 {
+            let why = format!("dhcp is supported only for a single {family} address on each network");
+            return Err(refuse("ip dhcp", why));
+        }
+        let first = of.iter().position(|(_, e)| e.find("dhcp").is_some()).unwrap_or(0);
+        let mut more = vec![];
+        for (at, ((_, address, prefix), e)) in of.iter().enumerate() {
+            match at == first {
+                true => subnet(e, (family, *address, *prefix), new)?,
+                false => more.push(format!("{address}/{prefix}")),
+            }
+        }
+        if !more.is_empty() {
+            new.config.insert(format!("{family}.addresses"), more.join(","));
+        }
+    }
+    Ok(())
+}
+
+fn subnet(
+    e: &Element,
+    (family, at, prefix): (&str, IpAddr, u32),
+    new: &mut NewNetwork,
+) -> Result<(), VirError> {
     new.config.insert(format!("{family}.address"), format!("{at}/{prefix}"));
     let dhcp = e.find("dhcp");
     if family == "ipv4" {
@@ -283,6 +370,36 @@ fn subnet(e: &Element, new: &mut NewNetwork) -> Result<(), VirError> {
     }
     for e in dhcp.all("host") {
         new.hosts.push(host(e)?);
+    }
+    Ok(())
+}
+
+/// `<bridge>` of a network that is one; `there`: what the bridge of the network of this name is called, where there is one.
+fn bridge(e: &Element, there: Option<String>, new: &mut NewNetwork) -> Result<(), VirError> {
+    if let Some(name) = e.attribute("name") {
+        match there {
+            Some(there) if there != name => {
+                let why = format!(
+                    "what the bridge of a network is called ('{there}') stays as it was when it was made"
+                );
+                return Err(refuse("bridge name", why));
+            }
+            None if name != new.name => new.interface = Some(name.to_owned()),
+            _ => {}
+        }
+    }
+    for (attribute, fine) in [("zone", None), ("macTableManager", Some("kernel"))] {
+        if let Some(said) = e.attribute(attribute).filter(|said| Some(*said) != fine) {
+            return Err(refuse(&format!("bridge {attribute}"), format!("'{said}' is not there")));
+        }
+    }
+    match e.attribute("stp") {
+        Some("on") => drop(new.config.insert("bridge.stp".into(), "true".into())),
+        None | Some("off") => {}
+        Some(other) => return Err(wrong(format!("stp of <bridge> is neither on nor off: '{other}'"))),
+    }
+    if let Some(delay) = number(e, "delay")?.filter(|delay| *delay > 0) {
+        new.config.insert("bridge.forward_delay".into(), delay.to_string());
     }
     Ok(())
 }
@@ -311,29 +428,24 @@ pub fn network_again(text: &str, bridge_of: &dyn Fn(&str) -> Option<String>) -> 
         uuid: None,
         kind: NetworkKind::Bridge,
         description: String::new(),
+        interface: None,
         config: Config::new(),
         hosts: vec![],
     };
-    forward(e.find("forward"), &mut new)?;
+    forward(&e, &mut new)?;
+    let ips: Vec<&Element> = e.all("ip").collect();
+    subnets(&ips, &mut new)?;
     for child in e.elements() {
         match child.name() {
-            "name" | "forward" => {}
+            "name" | "forward" | "ip" => {}
             "uuid" => {
                 let uuid = child.body().trim().parse().map_err(|_| wrong("malformed uuid element"))?;
                 new.uuid = Some(uuid);
                 new.config.insert(UUID.into(), uuid.to_string());
             }
             "description" => new.description = child.body().to_owned(),
-            "bridge" => {
-                // Whether it spans a tree, and how soon, is the kernel's default.
-                let is = |n: &&str| *n == new.name || bridge_of(&new.name).as_deref() == Some(*n);
-                if let Some(other) = child.attribute("name").filter(|n| !is(n)) {
-                    let why = format!(
-                        "a network's bridge has its name; call the network '{other}', or leave it out"
-                    );
-                    return Err(refuse("bridge name", why));
-                }
-            }
+            "bridge" if new.kind == NetworkKind::Bridge => bridge(child, bridge_of(&new.name), &mut new)?,
+            "bridge" if new.kind == NetworkKind::HostBridge => {}
             "mtu" => {
                 let size = number(child, "size")?.ok_or_else(|| wrong("mtu without a size"))?;
                 let key = if new.kind == NetworkKind::Bridge { "bridge.mtu" } else { "mtu" };
@@ -356,7 +468,10 @@ pub fn network_again(text: &str, bridge_of: &dyn Fn(&str) -> Option<String>) -> 
                 }
             }
             "dns" => super::dns::read(child, &mut new.config)?,
-            "ip" => subnet(child, &mut new)?,
+            "route" => {
+                let why = "the host routes what ipv4.routes and ipv6.routes say over the bridge itself, to guests of which it is known";
+                return Err(refuse("route", why));
+            }
             other => return Err(refuse(other, "networks have none of it here")),
         }
     }
@@ -373,7 +488,10 @@ pub fn network_again(text: &str, bridge_of: &dyn Fn(&str) -> Option<String>) -> 
             }
         }
     } else {
-        let none = |e: &&Element| matches!(e.name(), "ip" | "dns" | "domain" | "mac" | "bridge");
+        let none = |e: &&Element| {
+            let own = matches!(e.name(), "ip" | "dns" | "domain" | "mac" | "bridge");
+            own && !(e.name() == "bridge" && new.kind == NetworkKind::HostBridge)
+        };
         if let Some(child) = e.elements().iter().find(none) {
             return Err(refuse(child.name(), "a network on an interface of the host has what is there"));
         }
@@ -409,29 +527,63 @@ mod tests {
             all
         };
         assert_eq!(with(""), expect(&["ipv4.nat=false", "ipv4.routing=false"]));
-        assert_eq!(with("<forward/>"), expect(&["ipv4.nat=true"]));
+        assert_eq!(with("<forward/>"), expect(&["ipv4.nat=true", "ipv4.nat.ports=1024-65535"]));
         assert_eq!(with("<forward mode='route'/>"), expect(&["ipv4.nat=false"]));
         assert_eq!(with("<forward mode='open'/>"), expect(&["ipv4.nat=false", "ipv4.firewall=false"]));
         let one = "<forward><nat><address start='192.0.2.1' end='192.0.2.1'/></nat></forward>";
-        assert_eq!(with(one), expect(&["ipv4.nat=true", "ipv4.nat.address=192.0.2.1"]));
+        let ports = "ipv4.nat.ports=1024-65535";
+        assert_eq!(with(one), expect(&["ipv4.nat=true", "ipv4.nat.address=192.0.2.1", ports]));
+        let range = "<forward><nat><address start='192.0.2.1' end='192.0.2.9'/><port start='500' end='1000'/></nat></forward>";
+        let all = ["ipv4.nat=true", "ipv4.nat.address=192.0.2.1-192.0.2.9", "ipv4.nat.ports=500-1000"];
+        assert_eq!(with(range), expect(&all));
         let uplink = network(
             "<network><name>n1</name><forward mode='bridge'><interface dev='eth0'/></forward></network>",
         );
         let uplink = uplink.unwrap();
         assert_eq!((uplink.kind, uplink.config["parent"].as_str()), (NetworkKind::Macvlan, "eth0"));
+        let of = |inner: &str| network(&format!("<network><name>n1</name>{inner}</network>")).unwrap();
+        let vepa = of("<forward dev='eth0' mode='vepa'><interface dev='eth0'/></forward>");
+        assert_eq!((vepa.kind, vepa.config["mode"].as_str()), (NetworkKind::Macvlan, "vepa"));
+        let bridge = of("<forward mode='bridge'/><bridge name='br0'/>");
+        assert_eq!((bridge.kind, bridge.config["parent"].as_str()), (NetworkKind::HostBridge, "br0"));
+        let named = of("<bridge name='virbr7' stp='on' delay='3'/>");
+        assert_eq!(named.interface.as_deref(), Some("virbr7"));
+        assert_eq!(
+            (named.config["bridge.stp"].as_str(), named.config["bridge.forward_delay"].as_str()),
+            ("true", "3")
+        );
+        let two = of("<ip address='10.0.0.1' prefix='24'/><ip address='10.1.0.1' prefix='24'><dhcp/></ip>");
+        assert_eq!(
+            (two.config["ipv4.address"].as_str(), two.config["ipv4.addresses"].as_str()),
+            ("10.1.0.1/24", "10.0.0.1/24")
+        );
+        let there = |name: &str| (name == "n1").then(|| "virbr1".to_owned());
+        let other = "<network><name>n1</name><bridge name='virbr7'/></network>";
+        assert!(network_again(other, &there).unwrap_err().text.contains("virbr1"));
     }
 
     #[test]
     fn what_is_refused_is_named() {
         for (inner, named) in [
-            ("<bridge name='virbr7'/>", "bridge name"),
-            ("<forward mode='hostdev'/>", "hostdev"),
+            ("<bridge zone='public'/>", "bridge zone"),
+            ("<bridge macTableManager='libvirt'/>", "macTableManager"),
+            ("<forward mode='hostdev'><pf dev='eth0'/></forward>", "VFIO"),
             ("<forward mode='nat' dev='eth0'/>", "eth0"),
-            ("<forward mode='bridge'/><bridge name='br0'/>", "bridge"),
+            ("<forward mode='bridge'/>", "forward mode='bridge'"),
+            ("<forward mode='vepa'/><bridge name='br0'/>", "forward mode='vepa'"),
+            (
+                "<forward mode='vepa'><interface dev='eth0'/><interface dev='eth1'/></forward>",
+                "forward interface",
+            ),
+            ("<forward dev='eth0' mode='bridge'/><ip address='10.0.0.1' prefix='24'/>", "ip"),
             ("<portgroup name='p'/>", "portgroup"),
             ("<dns><cname/></dns>", "dns cname"),
+            ("<route address='10.9.0.0' prefix='16' gateway='10.0.0.9'/>", "route"),
             ("<ip address='10.0.0.1' prefix='24'><tftp root='/x'/></ip>", "tftp"),
-            ("<ip address='10.0.0.1' prefix='24'/><ip address='10.1.0.1' prefix='24'/>", "one subnet"),
+            (
+                "<ip address='10.0.0.1' prefix='24'><dhcp/></ip><ip address='10.1.0.1' prefix='24'><dhcp/></ip>",
+                "single ipv4 address",
+            ),
         ] {
             let e = network(&format!("<network><name>n1</name>{inner}</network>")).unwrap_err();
             assert!(e.code == Code::ConfigUnsupported && e.text.contains(named), "{inner}: {e:?}");
