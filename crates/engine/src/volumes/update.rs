@@ -90,6 +90,7 @@ impl Engine {
             }
             let mut running = vec![];
             if after.size != row.size && row.content != VolumeContent::Filesystem {
+                inner.demand_unread(row)?;
                 crate::checkpoints::demand_none(
                     &records,
                     row.id,
