@@ -69,7 +69,8 @@ async fn a_pool_whose_disk_comes_late_is_opened_then() {
         ..PoolSpec::own(id, PoolKind::Dir)
     };
     let first = agent(0, dir.path(), &disk).await;
-    first.pool_ensure(&CallContext::mutate(LONG, fence), spec).await.unwrap();
+    let change = CallContext::mutate(LONG, fence);
+    first.pool_ensure(&change, spec.clone()).await.unwrap();
     first.pool_usage(&read, id).await.unwrap();
     drop(first);
 
@@ -97,7 +98,25 @@ async fn a_pool_whose_disk_comes_late_is_opened_then() {
     }
     again.pool_usage(&read, id).await.expect("open without a restart");
     assert!(!told(&warnings().await));
-    again.purge().await.unwrap();
+
+    // One that was let go of is not opened by a restart, nor missed, and what hides it is no reason to make it anew.
+    again.pool_close(&change, id).await.unwrap();
+    let refused = again.pool_usage(&read, id).await.unwrap_err();
+    assert!(refused.is(ErrorKind::Conflict) && refused.message.contains("not active"), "{refused}");
+    drop(again);
+    fs::rename(&disk, &away).unwrap();
+    fs::create_dir(&disk).unwrap();
+    fs::set_permissions(&disk, fs::Permissions::from_mode(0o755)).unwrap();
+    let third = agent(0, dir.path(), &disk).await;
+    assert!(!told(&third.host_facts(&read, ()).await.unwrap().warnings));
+    assert!(third.pool_usage(&read, id).await.unwrap_err().is(ErrorKind::Conflict));
+    assert!(third.pool_open(&change, spec.clone()).await.unwrap_err().is(ErrorKind::Unavailable));
+    assert_eq!(fs::read_dir(&disk).unwrap().count(), 0, "nothing was made in its place");
+    fs::remove_dir(&disk).unwrap();
+    fs::rename(&away, &disk).unwrap();
+    third.pool_open(&change, spec).await.unwrap();
+    third.pool_usage(&read, id).await.unwrap();
+    third.purge().await.unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -227,6 +246,15 @@ async fn pools_in_files_of_their_own_grow() {
         let refused = first.pool_grow(&change, grow(ByteSize::mib(600))).await.unwrap_err();
         assert_eq!((refused.kind, refused.field.as_deref()), (ErrorKind::Conflict, Some("config.size")));
         let large = space(&first).await;
+        // Let go of, nobody has it until it is opened, whatever daemon comes.
+        for _ in 0..2 {
+            first.pool_close(&change, id).await.unwrap();
+        }
+        drop(first);
+        first = agent(3, dir.path(), dir.path()).await;
+        assert_eq!(first.pool_usage(&read, id).await.unwrap_err().kind, ErrorKind::Conflict, "{kind:?}");
+        first.pool_open(&change, small.clone()).await.unwrap();
+        assert_eq!(space(&first).await, large, "{kind:?}");
         // It is as large after a restart, and the same pool to who knows it as it was made.
         drop(first);
         first = agent(3, dir.path(), dir.path()).await;
