@@ -20,6 +20,7 @@ mod limits;
 mod memory_files;
 mod node_names;
 mod own_networks;
+mod pool_life;
 mod profile_changes;
 mod races;
 mod recover;

@@ -33,6 +33,7 @@ impl Engine {
         runner::start::<VolumeDelete>(inner, context, |tx| {
             let records = inner.inventory.read();
             let row = records.demand_volume(project.id, pool, name)?;
+            crate::storage::life::demand_active(records.pool(pool)?)?;
             inner.demand_unread(row)?;
             let used = users(&records, row).paths(&records);
             if !used.is_empty() {
