@@ -13,10 +13,7 @@ use crate::{
 };
 use karst_engine::{
     InstanceView,
-    compute::{
-        disk_copy,
-        disk_copy::{self, merge::Work},
-    },
+    compute::disk_copy::{self, merge::Work},
     events::{
         DISK_THRESHOLD, Event, EventKind, OLD_NAME, PAUSED, RAN, REASON, RESUMED, RUNS, Subject, happened,
         reason,

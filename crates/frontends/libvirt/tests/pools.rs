@@ -215,3 +215,34 @@ async fn volumes_neither_shrink_nor_get_patterns() {
         refused(wiped, code, "");
     }
 }
+
+/// What lies over another in libvirt begins as a copy of it here, and is another's no more.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_volume_over_another_begins_as_it() {
+    let server = Server::start().await;
+    let mut client = server.open("full", "qemu:///system").await;
+    let pool = ask(&mut client, "STORAGE_POOL_LOOKUP_BY_NAME", |w| w.string("default")).await.unwrap();
+    let base = volume(&mut client, &pool, "base").await.unwrap();
+    let make = async |client: &mut Client, inner: &str, path: &str| {
+        let xml = format!("<volume>{inner}<backingStore><path>{path}</path></backingStore></volume>");
+        let document = arguments(|w| w.string(&xml).u32(0));
+        client.call(number("STORAGE_VOL_CREATE_XML"), &[&pool[..], &document].concat()).await
+    };
+    let size = async |client: &mut Client, volume: &[u8]| {
+        let info = client.call(number("STORAGE_VOL_GET_INFO"), volume).await.unwrap();
+        let mut r = Reader::new(&info);
+        r.i32().unwrap();
+        r.u64().unwrap()
+    };
+    let path = "/karst/default/base";
+    let larger = "<name>v1</name><capacity unit='MiB'>8</capacity><target><format type='qcow2'/></target>";
+    let v1 = make(&mut client, larger, path).await.unwrap();
+    assert_eq!(size(&mut client, &v1).await, 8 << 20);
+    let v2 = make(&mut client, "<name>v2</name>", path).await.unwrap();
+    assert_eq!(size(&mut client, &v2).await, 4 << 20);
+    refused(make(&mut client, larger, path).await, Code::StorageVolExist, "'v1' exists already");
+    refused(make(&mut client, "<name>v3</name>", "/karst/default/none").await, Code::NoStorageVol, "none");
+    // The other goes as it likes.
+    client.call(number("STORAGE_VOL_DELETE"), &[&base[..], &[0; 4]].concat()).await.unwrap();
+    assert_eq!(size(&mut client, &v1).await, 8 << 20);
+}

@@ -2,7 +2,6 @@
 //! lies below; nothing leads back to it, and a snapshot that is deleted with its data has its layers committed.
 
 use super::{
-    Answered,
     copies::refused,
     domain::is_running,
     layers::{chain_of, layered, target_of},

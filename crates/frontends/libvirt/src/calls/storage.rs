@@ -268,6 +268,11 @@ pub(super) fn volume(call: &Call, named: &VolumeName) -> Result<Found, VirError>
     found.ok_or_else(|| no_volume(format!("no storage vol with matching name '{}'", named.name)))
 }
 
+pub(super) fn by_path(call: &Call, path: &str) -> Result<Found, VirError> {
+    let found = all_volumes(call)?.into_iter().find(|f| f.path() == path);
+    found.ok_or_else(|| no_volume(format!("no storage vol with matching path '{path}'")))
+}
+
 /// `STORAGE_POOL_LIST_ALL_VOLUMES`
 pub async fn volumes(call: Call) -> Answered {
     let (named, need_results, flags) = call.arguments(|r| Ok((Named::read(r)?, r.i32()?, r.u32()?)))?;
@@ -312,8 +317,7 @@ pub async fn volume_by_key(call: Call) -> Answered {
 /// `STORAGE_VOL_LOOKUP_BY_PATH`
 pub async fn volume_by_path(call: Call) -> Answered {
     let path = call.arguments(|r| r.string())?;
-    let found = all_volumes(&call)?.into_iter().find(|f| f.path() == path);
-    found.ok_or_else(|| no_volume(format!("no storage vol with matching path '{path}'")))?.answer()
+    by_path(&call, &path)?.answer()
 }
 
 /// `virStorageVolType`: a file, or a directory.

@@ -3,7 +3,7 @@
 use super::{
     Answered, Named, encryption, nothing,
     power::ended,
-    storage::{Found, VolumeName, demand_active, find_uuid, volume, volumes_of},
+    storage::{Found, VolumeName, by_path, demand_active, find_uuid, volume, volumes_of},
 };
 use crate::{
     error::{Code, Part, VirError},
@@ -61,7 +61,8 @@ fn config_of(new: &NewVolume, size: Option<u64>) -> Config {
     config
 }
 
-/// `STORAGE_VOL_CREATE_XML`: space is taken when it is written, whatever is said of allocation.
+/// `STORAGE_VOL_CREATE_XML`: space is taken when it is written, whatever is said of allocation. One over another begins as a copy of it:
+/// blocks are shared where the pool can, and what becomes of the other later changes nothing.
 pub async fn create(call: Call) -> Answered {
     let (named, text, flags) = call.arguments(|r| Ok((Named::read(r)?, r.string()?, r.u32()?)))?;
     // With metadata allocated, by reference, checked against the schema.
@@ -69,6 +70,11 @@ pub async fn create(call: Call) -> Answered {
     let pool = find_uuid(&call, named.uuid)?;
     demand_active(&pool)?;
     let new = xml::storage::read_volume(&encryption::by_uuid(&call, &text)?)?;
+    if let Some(path) = &new.backing {
+        let from = by_path(&call, path)?;
+        own(&from)?;
+        return copy(&call, &pool, &from, &new).await;
+    }
     let size = new.capacity.ok_or_else(|| failed(Code::XmlError, "missing capacity element"))?;
     demand_free(&call, &pool, &new.name)?;
     let request = CreateVolume {
@@ -94,7 +100,11 @@ pub async fn create_from(call: Call) -> Answered {
     let from = volume(&call, &from)?;
     own(&from)?;
     let new = xml::storage::read_volume(&encryption::by_uuid(&call, &text)?)?;
-    demand_free(&call, &pool, &new.name)?;
+    copy(&call, &pool, &from, &new).await
+}
+
+async fn copy(call: &Call, pool: &Pool, from: &Found, new: &NewVolume) -> Answered {
+    demand_free(call, pool, &new.name)?;
     // A smaller one is made as large as the original, as libvirt does.
     let size = new.capacity.filter(|c| from.volume.size.is_none_or(|s| *c > s.bytes()));
     let request = CopyVolume {
@@ -115,7 +125,7 @@ pub async fn create_from(call: Call) -> Answered {
     let session = &call.session;
     let project = &session.opened()?.project;
     ended(session.front.engine.volume_copy(&session.context, project, &pool.name, request).await?).await?;
-    made(&call, &pool, &new.name)
+    made(call, pool, &new.name)
 }
 
 /// `STORAGE_VOL_DELETE`

@@ -154,6 +154,8 @@ pub struct NewVolume {
     pub encryption: Option<(SecretName, Encryption)>,
     /// Its bytes come and go as an image in the format qcow2.
     pub image: bool,
+    /// Path of the volume whose content it begins with.
+    pub backing: Option<String>,
 }
 
 fn refuse(what: &str, why: impl std::fmt::Display) -> VirError {
@@ -170,7 +172,7 @@ fn name_of(root: &Element) -> Result<String, VirError> {
 }
 
 /// Reads the document of a volume. Its place and what its format has (`features`, `clusterSize`, `compat`) are the pool's affair: what is
-/// asked for is a disk, a disc or a tree (`dir`). Of a disk the format says how its bytes come and go. A disc is one by its format `iso`, or by its name:
+/// asked for is a disk, a disc or a tree (`dir`). Of a disk the format says how its bytes come and go. What it is to lie over it begins as. A disc is one by its format `iso`, or by its name:
 /// libvirt looks at what was written, and its tools make a plain file and fill it.
 ///
 /// # Errors
@@ -182,12 +184,8 @@ pub fn read_volume(text: &str) -> Result<NewVolume, VirError> {
     }
     let target = root.find("target");
     let encryption = target.map(encryption::of_volume).transpose()?.flatten();
-    if root.find("backingStore").is_some_and(|b| !b.elements().is_empty()) {
-        return Err(refuse(
-            "backingStore",
-            "copy the volume instead, which shares blocks where the pool can",
-        ));
-    }
+    let below = root.find("backingStore").and_then(|b| b.find("path")).map(|p| p.body().trim());
+    let backing = below.filter(|path| !path.is_empty()).map(str::to_owned);
     let format = target.and_then(|t| t.find("format")).and_then(|f| f.attribute("type"));
     let name = name_of(&root)?;
     // An older word for what is encrypted.
@@ -212,7 +210,7 @@ pub fn read_volume(text: &str) -> Result<NewVolume, VirError> {
     if encryption.is_some() && image {
         return Err(refuse("encryption", "what is encrypted is raw; leave the format out, or say raw"));
     }
-    Ok(NewVolume { name, capacity, content, encryption, image })
+    Ok(NewVolume { name, capacity, content, encryption, image, backing })
 }
 
 fn is_disc(name: &str) -> bool {
@@ -326,9 +324,18 @@ mod tests {
         let read = |inner: &str| read_volume(&format!("<volume>{inner}</volume>"));
         let whole = "<name>v</name><capacity unit='GiB'>2</capacity><target><format type='qcow2'/></target>";
         let content = VolumeContent::Block;
-        let volume =
-            NewVolume { name: "v".into(), capacity: Some(2 << 30), content, encryption: None, image: true };
+        let volume = NewVolume {
+            name: "v".into(),
+            capacity: Some(2 << 30),
+            content,
+            encryption: None,
+            image: true,
+            backing: None,
+        };
         assert_eq!(read(whole), Ok(volume.clone()));
+        let on = "<name>v</name><backingStore><path>/karst/p/x</path><format type='raw'/></backingStore>";
+        assert_eq!(read(on).unwrap().backing.as_deref(), Some("/karst/p/x"));
+        assert_eq!(read("<name>v</name><backingStore/>").unwrap().backing, None);
         // What virt-install asks of a disk.
         let odd = read("<name>k</name><capacity>8247233</capacity>").unwrap();
         assert_eq!(odd.capacity, Some(8_247_296));
@@ -353,11 +360,6 @@ mod tests {
                 "<name>v</name><target><format type='dir'/><encryption format='luks'><secret type='passphrase' usage='a'/></encryption></target>",
                 Code::ConfigUnsupported,
                 "disks are encrypted",
-            ),
-            (
-                "<name>v</name><backingStore><path>/x</path></backingStore>",
-                Code::ConfigUnsupported,
-                "backingStore",
             ),
             ("<name>v</name><target><format type='vmdk'/></target>", Code::ConfigUnsupported, "format"),
         ] {
