@@ -107,6 +107,11 @@ async fn copy(call: &Call, pool: &Pool, from: &Found, new: &NewVolume) -> Answer
     demand_free(call, pool, &new.name)?;
     // A smaller one is made as large as the original, as libvirt does.
     let size = new.capacity.filter(|c| from.volume.size.is_none_or(|s| *c > s.bytes()));
+    let mut told = config_of(new, size);
+    if !new.image {
+        // Not the original's either.
+        told.insert(FORMAT.to_owned(), String::new());
+    }
     let request = CopyVolume {
         project: call.opened()?.project.clone(),
         pool: from.pool.clone(),
@@ -119,7 +124,7 @@ async fn copy(call: &Call, pool: &Pool, from: &Found, new: &NewVolume) -> Answer
             name: new.name.clone(),
             content: from.volume.content,
             description: String::new(),
-            config: config_of(&new, size),
+            config: told,
         },
     };
     let session = &call.session;
