@@ -187,7 +187,8 @@ impl Written {
         let mut all: BTreeMap<(NodeId, PoolId), Batch> = BTreeMap::new();
         let mut bytes = 0;
         let networks = hash(records.networks.values().map(|n| n.mod_revision).collect::<Vec<_>>());
-        for pool in records.pools.values() {
+        // Nothing can be written onto one that its hosts have let go of: it is said when they open it again.
+        for pool in records.pools.values().filter(|p| !p.life.stopped) {
             let at = hash((pool.mod_revision, networks));
             for node in inner.agents.nodes() {
                 let place = (node, pool.id);
@@ -223,7 +224,8 @@ impl Written {
             let instance = roots.get(&volume.id).and_then(|id| records.instances.get(id));
             let node = instance.map_or(inner.node, |i| i.node);
             let place = (node, volume.pool);
-            if failed.contains(&place) {
+            let stopped = records.pools.get(&volume.pool).is_some_and(|p| p.life.stopped);
+            if stopped || failed.contains(&place) {
                 continue;
             }
             let at = hash((
