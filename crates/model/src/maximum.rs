@@ -8,6 +8,7 @@ use crate::{
     keys::{optional_flag, set},
     spec::{CpuLimit, MemoryLimit},
 };
+use std::collections::BTreeSet;
 
 /// The most memory.
 pub const MEMORY: &str = "limits.memory.maximum";
@@ -48,6 +49,13 @@ pub fn demand(most: ByteSize, memory: ByteSize) -> Result<()> {
     let text =
         format!("{most} is less than limits.memory, {memory}; raise it, for the next start, or lower that");
     Err(wrong(MEMORY, text))
+}
+
+/// Is this one of two keys that have to fit each other, of which one is among `changed`? A run that was given both by itself does not
+/// keep one of them beside another's.
+pub fn goes_with(key: &str, changed: &BTreeSet<String>) -> bool {
+    let pairs = [[MEMORY, "limits.memory"], [CPUS, "limits.cpu"]];
+    pairs.iter().any(|pair| pair.contains(&key) && pair.iter().any(|one| changed.contains(*one)))
 }
 
 /// The most memory out of an expanded configuration.
@@ -99,6 +107,7 @@ pub(crate) fn of(
 
 #[cfg(test)]
 mod tests {
+    use super::{CPUS, MEMORY, goes_with};
     use crate::{ByteSize, Config, keys::limits};
 
     fn config(pairs: &[(&str, &str)]) -> Config {
@@ -149,6 +158,14 @@ mod tests {
         }
         // Without a balloon there is nothing to hold where both are the same.
         limits(&config(&[("limits.memory.maximum", "1GiB"), ("hardware.balloon", "false")])).unwrap();
+    }
+
+    #[test]
+    fn keys_that_have_to_fit_each_other_change_together() {
+        let changed = ["limits.memory".to_owned(), "user.x".to_owned()].into();
+        assert!(goes_with(MEMORY, &changed) && goes_with("limits.memory", &changed));
+        assert!(!goes_with(CPUS, &changed) && !goes_with("limits.memory.hard", &changed));
+        assert!(!goes_with("user.x", &changed) && goes_with("limits.cpu", &[CPUS.to_owned()].into()));
     }
 
     #[test]

@@ -25,7 +25,7 @@ use karst_model::{
     applied::{AppliedSpec, changed},
     device::Devices,
     instance::{DeviceIdentity, Generation, Instance, Runtime},
-    keys,
+    keys, maximum,
     project::Project,
     spec::GuestSpec,
 };
@@ -252,7 +252,9 @@ impl EngineInner {
                 has.held.union(&redefined).cloned().collect::<BTreeSet<String>>(),
             ),
             Live::Follow => {
-                let held: BTreeSet<String> = has.held.difference(&redefined).cloned().collect();
+                let apart = has.held.difference(&redefined);
+                let held: BTreeSet<String> =
+                    apart.filter(|key| !maximum::goes_with(key, &redefined)).cloned().collect();
                 let (config, devices) =
                     AppliedSpec { held: held.clone(), ..has.clone() }.over(after.0, after.1);
                 (config, devices, held)

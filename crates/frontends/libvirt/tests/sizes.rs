@@ -7,7 +7,7 @@ use crate::{
     host::{arguments, number},
     support::{Client, Refused},
 };
-use karst_engine::Context;
+use karst_engine::{Context, compute::update::UpdateInstance};
 use karst_frontend_libvirt::{
     error::Code,
     xdr::{Reader, Writer},
@@ -154,6 +154,23 @@ async fn a_run_changes_within_what_was_set_aside() {
     call_of(&mut client, "v2", "DOMAIN_SET_MEMORY_FLAGS", |w| w.u64(524_288).u32(LIVE)).await.unwrap();
     let machine = read::machine(&dump(&mut client, "v2", 0).await).unwrap();
     assert_eq!((machine.memory, machine.current), (1_048_576, 524_288));
+    // Nor does what the run was given by itself stand in the way of another size.
+    let admin = Context::new(Principal::system());
+    let view = server.engine.instance(&admin, "default", "v2").unwrap();
+    let mut config = view.instance.config.clone();
+    config.insert("limits.memory".into(), "2GiB".into());
+    let request = UpdateInstance {
+        description: String::new(),
+        ephemeral: false,
+        config,
+        devices: view.instance.devices.clone(),
+        profiles: view.profiles.iter().map(|p| p.name.to_string()).collect(),
+        if_version: None,
+    };
+    let operation = server.engine.instance_update(&admin, "default", "v2", request).await.unwrap();
+    assert_eq!(operation.ended().await.error, None);
+    let machine = read::machine(&dump(&mut client, "v2", CONFIG).await).unwrap();
+    assert_eq!((machine.memory, machine.current), (2_097_152, 2_097_152));
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -34,6 +34,10 @@ fn of_side(view: &InstanceView, side: &Side<'_>) -> Result<limits::Limits, VirEr
     limits::of_config(view.instance.kind, side.all_config)
 }
 
+fn says(side: &Side<'_>, key: &str) -> bool {
+    side.all_config.get(key).is_some_and(|value| !value.is_empty())
+}
+
 fn unsupported(call: &Call, text: impl Into<String>) -> VirError {
     match call.opened() {
         Ok(opened) => VirError::new(Code::OperationUnsupported, opened.driver.part(), text),
@@ -100,7 +104,12 @@ async fn set_memory_to(call: &Call, named: &Named, kib: u64, flags: u32) -> Answ
                 let text = "Unable to change memory of active domain without the balloon device and guest OS balloon driver";
                 return Err(VirError::state(text));
             }
-            return Ok(vec![(MEMORY.to_owned(), size(kib)), (maximum::MEMORY.to_owned(), size(most))]);
+            // What it can have is written down before it would become less.
+            let mut keys = vec![(MEMORY.to_owned(), size(kib))];
+            if kib < most || says(side, maximum::MEMORY) {
+                keys.push((maximum::MEMORY.to_owned(), size(most)));
+            }
+            return Ok(keys);
         }
         if side.all_config.get("hardware.numa").is_some_and(|nodes| !nodes.is_empty()) {
             let text = "initial memory size of a domain with NUMA nodes cannot be modified with this API";
@@ -193,7 +202,9 @@ async fn set_cpus_to(call: &Call, named: &Named, n: u32, flags: u32) -> Answered
             return Err(VirError::argument(text));
         }
         keys.push((CPUS.to_owned(), Some(n.to_string())));
-        keys.extend(places(most));
+        if n < most || says(side, maximum::CPUS) {
+            keys.extend(places(most));
+        }
         Ok(keys)
     })
     .await?;
