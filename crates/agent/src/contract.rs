@@ -256,6 +256,7 @@ impl Subject {
                 windows: false,
                 local_time: false,
                 ends_on_reboot: false,
+                halts_on_crash: false,
                 iothreads: vec![],
                 scsi_iothread: None,
                 kernel: None,

@@ -1,9 +1,21 @@
 //! Values of keys that are more than a word or a number, from what users write to what is meant.
 
 use crate::{
-    ByteSize, Error, Result,
+    ByteSize, Config, Error, Result,
+    keys::set,
     spec::{self, CpuAllowance, CpuLimit, MemoryLimit, SwapLimit},
 };
+
+/// A truth value out of an expanded configuration; `None` when it is not set.
+pub fn optional_flag(config: &Config, key: &str) -> Option<bool> {
+    parse_bool(key, set(config, key)?).ok()
+}
+
+/// A boolean of an expanded configuration; `false` when it is not set.
+pub fn flag(config: &Config, key: &str) -> Result<bool> {
+    set(config, key).map_or(Ok(false), |v| parse_bool(&format!("config.{key}"), v))
+}
+
 /// Parses a boolean.
 pub fn parse_bool(field: &str, s: &str) -> Result<bool> {
     match s.to_ascii_lowercase().as_str() {

@@ -13,7 +13,8 @@ use crate::{
 
 pub use crate::key_row::{Key, KeyScope, KeyType};
 pub use crate::key_values::{
-    parse_allowance, parse_bool, parse_cpus, parse_kernel_limit, parse_memory, parse_nodes, parse_swap,
+    flag, optional_flag, parse_allowance, parse_bool, parse_cpus, parse_kernel_limit, parse_memory,
+    parse_nodes, parse_swap,
 };
 pub use keys_container::{cloud_init, environment, guest_api, security};
 
@@ -24,6 +25,9 @@ use KeyType::{
     Text,
 };
 
+/// What comes of a machine whose system crashed.
+pub const CRASH_ACTION: &str = "boot.crash_action";
+const CRASH: &str = "What comes of a machine whose system tells that it crashed (hardware.panic): it stops, or it halts, to be looked at.";
 const HUGE_PAGES: &str =
     "Memory in huge pages of this size, where the host's kernel has them and their control group.";
 
@@ -54,6 +58,7 @@ pub const INSTANCE_KEYS: &[Key] = &[
         true,
         "When the host starts, instances of higher priority are started first.",
     ),
+    key(CRASH_ACTION, OneOf(&["stop", "halt"]), VirtualMachine, "stop", false, CRASH),
     key(
         "boot.host_shutdown_action",
         OneOf(&["stop", "force-stop", "stateful-stop"]),
@@ -831,16 +836,6 @@ pub fn limits(config: &Config) -> Result<Limits> {
             .map(|(name, k, v)| Ok((name.to_owned(), parse_kernel_limit(&format!("config.{k}"), v)?)))
             .collect::<Result<_>>()?,
     })
-}
-
-/// A truth value out of an expanded configuration; `None` when it is not set.
-pub fn optional_flag(config: &Config, key: &str) -> Option<bool> {
-    parse_bool(key, set(config, key)?).ok()
-}
-
-/// A boolean of an expanded configuration; `false` when it is not set.
-pub fn flag(config: &Config, key: &str) -> Result<bool> {
-    set(config, key).map_or(Ok(false), |v| parse_bool(&format!("config.{key}"), v))
 }
 
 #[cfg(test)]

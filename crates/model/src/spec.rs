@@ -126,6 +126,9 @@ pub struct MachineSpec {
     /// A guest that reboots ends instead.
     #[serde(default, skip_serializing_if = "is_false")]
     pub ends_on_reboot: bool,
+    /// A guest that tells that it crashed halts rather than ends.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub halts_on_crash: bool,
     /// Threads that serve disks beside the main one, by number. One that is added or removed in an update comes or goes live.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub iothreads: Vec<IoThread>,

@@ -110,6 +110,7 @@ pub fn machine(uuid: u128) -> MachineSpec {
         windows: false,
         local_time: false,
         ends_on_reboot: false,
+        halts_on_crash: false,
         iothreads: vec![],
         scsi_iothread: None,
         kernel: None,

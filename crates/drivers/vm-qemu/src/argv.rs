@@ -280,6 +280,9 @@ pub fn argv(m: &Machine) -> Result<Vec<String>> {
     if m.spec.ends_on_reboot {
         opt("-no-reboot", String::new());
     }
+    if m.spec.halts_on_crash {
+        opt("-action", "panic=pause".to_owned());
+    }
     if let Some(kernel) = &m.spec.kernel {
         // QEMU opens them by a name, which sets of descriptors are none of here.
         opt("-kernel", format!("/proc/self/fd/{}", fd::KERNEL));

@@ -10,6 +10,7 @@ use karst_guest::{IdRange, ResolvedDisk, ResolvedGuest, ResolvedNic};
 use karst_model::{
     InstanceId, Result,
     instance::{ExitReason, Firmware, Generation},
+    keys::CRASH_ACTION,
     node::AcceleratorKind,
     spec::{CpuLimit, MachineSpec},
     threads::{Pin, SCSI_IOTHREAD},
@@ -226,6 +227,7 @@ impl Record {
                 ("devices.tpm", now.tpm != new.tpm),
                 ("migration.stateful", now.stateful != new.stateful),
                 ("boot.reboot_action", now.ends_on_reboot != new.ends_on_reboot),
+                (CRASH_ACTION, now.halts_on_crash != new.halts_on_crash),
                 ("hardware.boot_menu", now.boot_menu != new.boot_menu),
                 ("hardware.spice", now.spice != new.spice),
                 ("hardware.clock", now.local_time != new.local_time),

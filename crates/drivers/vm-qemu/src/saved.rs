@@ -102,6 +102,7 @@ impl Shape {
                 fresh_firmware: false,
                 boot_menu: false,
                 ends_on_reboot: false,
+                halts_on_crash: false,
                 // The time goes on as it was saved.
                 local_time: false,
                 // Nor who looks at it, and how, and what its ports lead to.

@@ -566,6 +566,7 @@ pub fn guest_spec(
             windows: told_of_hyper_v(config, instance),
             local_time: in_local_time(config, instance),
             ends_on_reboot: config.get("boot.reboot_action").is_some_and(|a| a == "stop"),
+            halts_on_crash: config.get(keys::CRASH_ACTION).is_some_and(|a| a == "halt"),
             scsi_iothread: threads::scsi_iothread(config, &iothreads)?,
             iothreads,
             kernel: parsed.kernel.as_ref().map(|(name, k)| kernel(lookups, name, k)).transpose()?,

@@ -165,7 +165,14 @@ async fn crashes_and_agents_that_are_waited_for() {
     assert_eq!(now("boot.reboot_action").as_deref(), Some("stop"));
     assert!(action(&mut client, 1, 1).await.is_ok());
     assert!(xml(&mut client).await.contains("<on_reboot>restart</on_reboot>"));
-    for (kind, wanted) in [(0, 1), (1, 2), (2, 3), (2, 4)] {
+    // To be looked at; and back.
+    assert!(action(&mut client, 2, 3).await.is_ok());
+    assert!(xml(&mut client).await.contains("<on_crash>preserve</on_crash>"));
+    assert_eq!(now("boot.crash_action").as_deref(), Some("halt"));
+    assert!(action(&mut client, 2, 1).await.is_ok());
+    assert!(xml(&mut client).await.contains("<on_crash>restart</on_crash>"));
+    assert_eq!(now("boot.crash_action").as_deref(), Some("stop"));
+    for (kind, wanted) in [(0, 1), (1, 2), (2, 2), (2, 4)] {
         assert_eq!(action(&mut client, kind, wanted).await, Err(Code::ConfigUnsupported as i32));
     }
     assert_eq!(action(&mut client, 3, 0).await, Err(Code::InvalidArg as i32));

@@ -290,7 +290,7 @@ fn difference(given: &Machine, kept: &Machine) -> Result<(), String> {
             }
         )*};
     }
-    same!(memory current cpus most_cpus pinned tuning machine firmware boot_menu cpu_model restarts ends_on_reboot disks nics);
+    same!(memory current cpus most_cpus pinned tuning machine firmware boot_menu cpu_model restarts preserved ends_on_reboot disks nics);
     if given == kept { Ok(()) } else { Err(format!("{given:?} became {kept:?}")) }
 }
 

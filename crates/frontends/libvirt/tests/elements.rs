@@ -91,6 +91,28 @@ async fn the_clock_and_pins_of_a_document_are_the_machines() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_machine_that_crashed_may_be_preserved() {
+    let (server, mut client) = ready().await;
+    let admin = Context::new(Principal::system());
+    let ends = |on_crash: &str| format!("<on_crash>{on_crash}</on_crash><devices>");
+    define(&mut client, &domain("v1", &[("<devices>", &ends("preserve"))])).await.unwrap();
+    let config = |key: &str| {
+        server.engine.instance(&admin, "default", "v1").unwrap().instance.config.get(key).cloned()
+    };
+    assert_eq!(config("boot.crash_action").as_deref(), Some("halt"));
+    let shown = dump(&mut client, "v1", 2).await;
+    assert!(shown.contains("<on_crash>preserve</on_crash>"), "{shown}");
+    define(&mut client, &shown).await.unwrap();
+    assert_eq!(dump(&mut client, "v1", 2).await, shown);
+    define(&mut client, &domain("v1", &[("<devices>", &ends("restart"))])).await.unwrap();
+    assert_eq!(config("boot.crash_action").as_deref(), Some("stop"));
+    assert_eq!(config("boot.autorestart").as_deref(), Some("true"));
+    assert!(dump(&mut client, "v1", 2).await.contains("<on_crash>restart</on_crash>"));
+    let dumped = define(&mut client, &domain("v1", &[("<devices>", &ends("coredump-destroy"))])).await;
+    assert_eq!(dumped.unwrap_err().0, Code::ConfigUnsupported as i32);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_filter_is_bound_by_its_name_with_the_addresses_it_gives() {
     let (server, mut client) = ready().await;
     let admin = Context::new(Principal::system());

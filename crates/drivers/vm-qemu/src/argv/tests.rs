@@ -344,6 +344,15 @@ fn strings_of_the_firmware_are_in_no_argument() {
 }
 
 #[test]
+fn a_machine_that_crashes_halts_where_it_is_to() {
+    let mut m = machine();
+    let halts = |m: &Machine| argv(m).unwrap().windows(2).any(|w| w == ["-action", "panic=pause"]);
+    assert!(!halts(&m));
+    m.spec.halts_on_crash = true;
+    assert!(halts(&m));
+}
+
+#[test]
 fn a_kernel_is_named_by_its_descriptor_and_its_line_is_one_argument() {
     let mut m = machine();
     m.spec.ends_on_reboot = true;

@@ -11,12 +11,13 @@ use crate::{
     error::{Code, Part, VirError},
     session::{Call, Driver, Session},
     xdr::Writer,
-    xml::domain::{AUTORESTART, REBOOT_ACTION, ends_on_reboot, restarts},
+    xml::domain::{AUTORESTART, REBOOT_ACTION, ends_on_reboot, on_crash, restarts},
 };
 use karst_engine::{InstanceView, LiveOperation, compute::power::PowerRequest};
 use karst_model::{
     guest::{AskedBy, GuestWish},
     instance::{InstanceKind, PowerAction, Status},
+    keys::CRASH_ACTION,
 };
 use std::{sync::Arc, time::Duration};
 
@@ -355,6 +356,11 @@ const LIFECYCLES: [&str; 3] = ["on_poweroff", "on_reboot", "on_crash"];
 const ACTIONS: [&str; 6] =
     ["destroy", "restart", "rename-restart", "preserve", "coredump-destroy", "coredump-restart"];
 
+fn as_started(kind: &str) -> VirError {
+    let text = format!("{kind}: is as it was when the domain was started; give --config alone");
+    VirError::new(Code::OperationUnsupported, Part::Domain, text)
+}
+
 /// `DOMAIN_SET_LIFECYCLE_ACTION`: after a crash a guest starts again or does not, and a machine that restarts ends or does
 /// not; all else is as it is.
 pub async fn set_lifecycle_action(call: Call) -> Answered {
@@ -375,23 +381,33 @@ pub async fn set_lifecycle_action(call: Call) -> Answered {
         ("on_reboot", "restart" | "destroy") if view.instance.kind == InstanceKind::VirtualMachine => {
             // Without a flag it is what runs that is meant.
             if flags != CONFIG && is_running(&view) {
-                let text = "on_reboot: is as it was when the domain was started; give --config alone";
-                return Err(VirError::new(Code::OperationUnsupported, Part::Domain, text));
+                return Err(as_started(kind));
             }
             let value = Some(if action == "destroy" { "stop" } else { "restart" }.to_owned());
             super::domain::set_keys(&call, &view, vec![(REBOOT_ACTION.into(), value)], None).await?;
         }
-        ("on_crash", "destroy" | "restart") => {
-            let wanted = action == "restart";
-            if restarts(&view.expanded_config) != wanted {
-                let value = Some(wanted.to_string());
-                super::domain::set_keys(&call, &view, vec![(AUTORESTART.into(), value)], None).await?;
+        ("on_crash", _) if on_crash(&view.expanded_config) == action => {}
+        ("on_crash", "destroy" | "restart" | "preserve")
+            if action != "preserve" || view.instance.kind == InstanceKind::VirtualMachine =>
+        {
+            let preserved = on_crash(&view.expanded_config) == "preserve";
+            let mut keys = vec![];
+            if preserved != (action == "preserve") {
+                if flags != CONFIG && is_running(&view) {
+                    return Err(as_started(kind));
+                }
+                let value = if preserved { "stop" } else { "halt" };
+                keys.push((CRASH_ACTION.to_owned(), Some(value.to_owned())));
             }
+            if restarts(&view.expanded_config) != (action == "restart") {
+                keys.push((AUTORESTART.to_owned(), Some((action == "restart").to_string())));
+            }
+            super::domain::set_keys(&call, &view, keys, None).await?;
         }
         _ => {
             let text = format!(
                 "{kind} '{action}': a guest that is off is off, one that reboots goes on or (a machine) is destroyed, \
-                and one that crashed is destroyed or restarted"
+                and one that crashed is destroyed, restarted or (a machine) preserved"
             );
             return Err(VirError::new(Code::ConfigUnsupported, Part::Domain, text));
         }

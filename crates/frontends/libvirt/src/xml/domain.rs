@@ -28,6 +28,7 @@ use karst_model::{
     Config,
     device::{Devices, DiskOrigin},
     instance::DeviceIdentity,
+    keys::CRASH_ACTION,
     keys_machine,
     node::{AcceleratorKind, HostFacts},
     screens::{ScreenOptions, Screens},
@@ -226,12 +227,21 @@ pub fn ends_on_reboot(config: &Config) -> bool {
     config.get(REBOOT_ACTION).is_some_and(|a| a == "stop")
 }
 
+/// What becomes of a guest of this configuration that crashed, in libvirt's words.
+pub fn on_crash(config: &Config) -> &'static str {
+    match config.get(CRASH_ACTION).is_some_and(|action| action == "halt") {
+        true => "preserve",
+        false if restarts(config) => "restart",
+        false => "destroy",
+    }
+}
+
 /// What happens when a guest ends.
 pub fn ends(e: &mut Element, config: &Config) {
     e.push(Element::new("clock").with("offset", "utc"));
     e.push(Element::text("on_poweroff", "destroy"));
     e.push(Element::text("on_reboot", if ends_on_reboot(config) { "destroy" } else { "restart" }));
-    e.push(Element::text("on_crash", if restarts(config) { "restart" } else { "destroy" }));
+    e.push(Element::text("on_crash", on_crash(config)));
 }
 
 /// `bridge`: of one that runs, the bridge of a network.

@@ -99,7 +99,11 @@ const DOMAIN: &[Row] = &[
         "a machine that is switched off is off; destroy is there",
     ),
     ("on_reboot", When(|e| text_is(e, &["restart", "destroy"])), "restart and destroy are there"),
-    ("on_crash", When(|e| text_is(e, &["restart", "destroy"])), "restart and destroy are there"),
+    (
+        "on_crash",
+        When(|e| text_is(e, &["restart", "destroy", "preserve"])),
+        "restart, destroy and preserve are there",
+    ),
     ("on_lockfailure", Never, "there is no lock manager"),
     ("pm", When(|e| e.elements().iter().all(|s| is(s, "enabled", &["yes", "no"]))), "is yes or no"),
     ("perf", When(|e| e.elements().iter().all(no)), "the host's counters are not told"),

@@ -86,6 +86,8 @@ pub struct Machine {
     pub hyper_v: bool,
     /// It starts again after a crash.
     pub restarts: bool,
+    /// It halts after a crash, to be looked at.
+    pub preserved: bool,
     /// It ends when the system in it restarts.
     pub ends_on_reboot: bool,
     /// What it is started with in place of what its disks would boot.

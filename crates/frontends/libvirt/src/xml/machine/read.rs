@@ -99,6 +99,7 @@ pub fn machine(text: &str) -> Result<Machine, VirError> {
         local_time: root.find("clock").and_then(|c| c.attribute("offset")) == Some("localtime"),
         hyper_v: root.find("features").is_some_and(kept::asks_for_hyper_v),
         restarts: body("on_crash") == Some("restart"),
+        preserved: body("on_crash") == Some("preserve"),
         ends_on_reboot: body("on_reboot") == Some("destroy"),
         kernel: kernel(os)?,
         tpm: false,

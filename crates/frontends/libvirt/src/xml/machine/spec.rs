@@ -17,6 +17,7 @@ use karst_model::{
     },
     encryption::SECRET,
     instance::{DeviceIdentity, Firmware},
+    keys::CRASH_ACTION,
     keys_machine::SPICE,
 };
 use std::collections::BTreeMap;
@@ -256,6 +257,7 @@ pub fn create(machine: &Machine) -> Result<Created, VirError> {
     set(&mut config, "hardware.clock", machine.local_time.then_some("localtime"));
     set(&mut config, "hardware.hyperv", yes(machine.hyper_v));
     set(&mut config, AUTORESTART, yes(machine.restarts));
+    set(&mut config, CRASH_ACTION, machine.preserved.then_some("halt"));
     set(&mut config, REBOOT_ACTION, machine.ends_on_reboot.then_some("stop"));
     tuning::change(&mut config, None, machine);
     firmware(&mut config, machine.firmware);
@@ -351,6 +353,9 @@ pub fn update(present: &Present<'_>, new: &Machine) -> Result<Updated, VirError>
     }
     if old.restarts != new.restarts {
         set(&mut config, AUTORESTART, Some(new.restarts.to_string()));
+    }
+    if old.preserved != new.preserved {
+        set(&mut config, CRASH_ACTION, Some(if new.preserved { "halt" } else { "stop" }));
     }
     if old.ends_on_reboot != new.ends_on_reboot {
         set(&mut config, REBOOT_ACTION, Some(if new.ends_on_reboot { "stop" } else { "restart" }));

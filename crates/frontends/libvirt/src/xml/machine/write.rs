@@ -273,7 +273,7 @@ pub fn document(shown: &Shown<'_>) -> Result<String, VirError> {
             "on_reboot" => {
                 (kept.body().trim() == "destroy") == crate::xml::domain::ends_on_reboot(shown.config)
             }
-            "on_crash" => (kept.body().trim() == "restart") == crate::xml::domain::restarts(shown.config),
+            "on_crash" => kept.body().trim() == crate::xml::domain::on_crash(shown.config),
             _ => true,
         };
         if still {
