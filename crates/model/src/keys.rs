@@ -224,7 +224,7 @@ pub const INSTANCE_KEYS: &[Key] = &[
         VirtualMachine,
         "one node",
         false,
-        "Nodes of memory, each with its processors: 0-1:512MiB;2-3:512MiB. Together they are limits.memory.",
+        "Nodes of memory, each with its processors: 0-1:512MiB;2-3:512MiB. Together they are limits.memory, or limits.memory.maximum.",
     ),
     key("hardware.numa.distances", Text, VirtualMachine, "", false, of_board::DISTANCES),
     key("hardware.numa.host", Text, VirtualMachine, "", false, of_board::HOST),
