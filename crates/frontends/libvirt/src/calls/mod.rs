@@ -20,6 +20,7 @@ pub mod inside;
 pub mod layers;
 pub mod machine;
 pub mod memory;
+mod memtune;
 pub mod monitor;
 pub mod network;
 pub mod network_update;

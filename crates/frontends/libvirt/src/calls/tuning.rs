@@ -6,7 +6,7 @@ use super::{
     connect::facts,
     devices::{number, parameters, typed},
     domain::is_running,
-    nothing,
+    memtune, nothing,
     sides::{CONFIG, LIVE, Side, affects, asked, edits, write},
     told,
 };
@@ -300,17 +300,12 @@ pub async fn memory(call: Call) -> Answered {
         ];
         return parameters(all, wanted);
     }
-    let limits = limits_of(&config)?;
-    let memory = match limits.memory_share {
-        Some(_) => limits.memory_on(facts(&call)?.memory),
-        None => limits.memory,
-    };
-    let size = memory.map(|s| s.bytes() / 1024);
-    let kept = |is: bool| Typed::Ullong(size.filter(|_| is).unwrap_or(UNLIMITED));
+    let limits = memtune::Limits::of(&config, facts(&call)?.memory)?;
+    let of = |size: Option<u64>| Typed::Ullong(size.unwrap_or(UNLIMITED));
     let all = vec![
-        ("hard_limit", kept(!limits.memory_soft)),
-        ("soft_limit", kept(limits.memory_soft)),
-        ("swap_hard_limit", Typed::Ullong(UNLIMITED)),
+        ("hard_limit", of(limits.hard)),
+        ("soft_limit", of(limits.soft)),
+        ("swap_hard_limit", of(limits.both)),
     ];
     parameters(all, wanted)
 }
@@ -346,21 +341,10 @@ pub async fn set_memory(call: Call) -> Answered {
         .await?;
         return Ok(nothing());
     }
-    for (field, value) in &all {
-        match (field.as_str(), limited(value)) {
-            ("hard_limit", size) => {
-                let size = size.map(|kib| format!("{kib}KiB"));
-                set(&call, &view, flags, "limits.memory", size).await?;
-            }
-            (_, None) => {}
-            (other, Some(_)) => {
-                return Err(refuse(
-                    other,
-                    "a container has hard_limit; limits.memory.enforce makes it a soft one",
-                ));
-            }
-        }
-    }
+    let fields: Vec<_> = all.iter().map(|(field, value)| (field.clone(), limited(value))).collect();
+    let host = facts(&call)?.memory;
+    set_limits(&call, &view, flags, |side| memtune::Limits::of(side.all_config, host)?.changed(&fields))
+        .await?;
     Ok(nothing())
 }
 
