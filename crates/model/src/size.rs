@@ -65,7 +65,7 @@ impl ByteSize {
 
     /// Rounded up to a multiple of `step`.
     pub fn round_up(self, step: u64) -> Self {
-        Self(self.0.div_ceil(step) * step)
+        Self(self.0.div_ceil(step).saturating_mul(step))
     }
 }
 
