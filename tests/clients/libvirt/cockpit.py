@@ -17,7 +17,7 @@ it looks for says what the page shows, and fails. Nothing but the standard libra
     cockpit.py keys TEXT             typed to whatever has the focus
     cockpit.py colours CSS           how many colours the canvas has
     cockpit.py text [CSS]            what is to be read there
-    cockpit.py errors                what alerts say; nothing when there are none
+    cockpit.py errors                what alerts say, and what the page stumbled over, as the browser's console has it
     cockpit.py picture FILE          what the window shows, as PNG
     cockpit.py close                 the end of the browser
 """
@@ -112,7 +112,12 @@ def open_browser(url):
         ask("DELETE", session())
     except (OSError, Refused):
         pass
-    wanted = {"browserName": "chrome", "goog:chromeOptions": {"args": ARGUMENTS}, "acceptInsecureCerts": True}
+    wanted = {
+        "browserName": "chrome",
+        "goog:chromeOptions": {"args": ARGUMENTS},
+        "goog:loggingPrefs": {"browser": "ALL"},
+        "acceptInsecureCerts": True,
+    }
     made = ask("POST", "/session", {"capabilities": {"alwaysMatch": wanted}})
     with open(KEPT, "w") as file:
         file.write(made["sessionId"])
@@ -227,6 +232,9 @@ def errors():
         "return [...document.querySelectorAll('.pf-m-danger, .pf-m-warning')].filter(e => /alert/.test(e.className) && e.getClientRects().length).map(e => e.innerText)"
     ):
         print(words.replace("\n", " "))
+    for line in ask("POST", session() + "/se/log", {"type": "browser"}):
+        if "Uncaught" in line["message"]:
+            print(line["message"])
 
 
 def picture(file):

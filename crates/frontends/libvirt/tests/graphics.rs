@@ -194,7 +194,7 @@ async fn documents_say_that_there_is_a_screen_and_no_port() {
     let live = document(&mut client, &d1, 0).await;
     let both = format!("{}{screen}", screen.replace("vnc", "spice"));
     assert!(
-        live.contains(&both) && live.matches("<redirdev bus='usb' type='spicevmc'/>").count() == 3,
+        live.contains(&both) && live.matches("<redirdev bus='usb' type='spicevmc'>").count() == 3,
         "{live}"
     );
     assert!(live.contains("<target type='virtio' name='com.redhat.spice.0'/>"), "{live}");

@@ -1,6 +1,8 @@
 //! Aliases of the devices of a machine that runs, by which clients name them (cockpit opens consoles by nothing else). Disks and
 //! interfaces have theirs in the record; these follow from the order of the document, as with libvirt. What a document said stands.
 //!
+//! What is redirected by SPICE has an address as well: cockpit reads it without asking whether it is there.
+//!
 //! Not of controllers: which there are, and their numbers, is QEMU's layout and not what the document shows.
 
 use super::{Element, ports};
@@ -26,6 +28,9 @@ const BEGINNINGS: &[(&str, &str)] = &[
     ("iommu", "iommu"),
     ("vsock", "vsock"),
 ];
+
+/// The port of the machine's USB that the first redirected device has; those after it follow.
+const REDIRECTED: usize = 2;
 
 fn alias(e: &Element) -> Option<&str> {
     e.find("alias").and_then(|a| a.attribute("name"))
@@ -67,6 +72,15 @@ pub fn give(devices: &mut Element) {
     }
 }
 
+/// Says where redirected devices are, of those whose document does not.
+pub fn place_redirected(devices: &mut Element) {
+    let redirected = devices.elements_mut().iter_mut().filter(|e| e.name() == "redirdev");
+    for (n, e) in redirected.enumerate().filter(|(_, e)| e.find("address").is_none()) {
+        let address = Element::new("address").with("type", "usb").with("bus", 0).with("port", n + REDIRECTED);
+        e.push(address);
+    }
+}
+
 /// Takes away what is no user's: the document of one that runs says it, and it is given anew.
 pub fn forget(e: &mut Element) {
     if alias(e).is_some_and(|name| !name.starts_with("ua-")) {
@@ -99,6 +113,17 @@ mod tests {
         assert_eq!(given(text).join(" "), expected);
         // One console alone is the serial port that libvirt adds for it.
         assert_eq!(given("<console type='pty'/>"), ["serial0"]);
+    }
+
+    #[test]
+    fn what_is_redirected_has_an_address() {
+        let text = "<devices><redirdev bus='usb'/><redirdev bus='usb'><address type='usb' bus='0' port='9'/></redirdev>\
+            <input type='tablet'/><redirdev bus='usb'/></devices>";
+        let mut devices = document(text).unwrap();
+        place_redirected(&mut devices);
+        let port = |e: &Element| e.find("address").and_then(|a| a.attribute("port")).map(str::to_owned);
+        let ports: Vec<_> = devices.elements().iter().filter_map(port).collect();
+        assert_eq!(ports, ["2", "9", "4"]);
     }
 
     #[test]

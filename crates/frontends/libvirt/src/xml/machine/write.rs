@@ -598,6 +598,7 @@ fn devices(shown: &Shown<'_>, opaque: &Opaque, on_board: &Board) -> Result<Eleme
     tuning::show_controller(&mut devices, shown.config)?;
     parts::show_virtio(&mut devices, on_board);
     sort(&mut devices, DEVICES);
+    aliases::place_redirected(&mut devices);
     if live {
         aliases::give(&mut devices);
     }
