@@ -141,3 +141,24 @@ async fn ports_that_no_document_said_are_shown() {
     let view = server.engine.instance(&admin, "default", "v1").unwrap();
     assert!(view.instance.devices.contains_key("log"), "the device keeps its name");
 }
+
+/// Clients open consoles by the aliases that the document of a running domain says, and by nothing else.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_runs_has_aliases_that_clients_open_it_by() {
+    let server = Server::start().await;
+    let mut client = server.open("full", "qemu:///system").await;
+    let d1 = define(&mut client, PORTS).await.unwrap();
+    assert!(!document(&mut client, &d1, 2).await.contains("<alias"));
+    client.call(number("DOMAIN_CREATE"), &d1).await.unwrap();
+    let live = document(&mut client, &d1, 0).await;
+    for (alias, times) in [("serial0", 2), ("serial1", 1), ("console1", 1), ("channel0", 1), ("channel1", 1)] {
+        assert_eq!(live.matches(&format!("<alias name='{alias}'/>")).count(), times, "{alias}: {live}");
+    }
+    for (n, alias) in ["serial0", "serial1", "console1", "channel0"].into_iter().enumerate() {
+        answers(&server, &d1, Some(alias), &format!("by-alias-{n}")).await;
+    }
+    // They are of the run: what is defined of that document does not keep them.
+    client.call(number("DOMAIN_DEFINE_XML"), &arguments(|w| w.string(&live))).await.unwrap();
+    let defined = document(&mut client, &d1, 2).await;
+    assert!(!defined.contains("<alias"), "{defined}");
+}
