@@ -742,6 +742,7 @@ impl RealAgent {
             });
         }
         let accelerator = spec.machine.as_ref().and_then(|m| m.accelerator);
+        let tpm_secret = spec.machine.as_ref().and_then(|m| m.tpm_secret);
         Ok(ResolvedGuest {
             instance: spec.instance,
             kind: spec.kind,
@@ -796,6 +797,7 @@ impl RealAgent {
             environment: spec.environment,
             application,
             memory,
+            tpm_key: tpm_secret.and_then(|secret| self.keys.of_guest(spec.instance, secret)),
         })
     }
 

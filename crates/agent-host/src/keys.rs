@@ -68,7 +68,11 @@ impl Keys {
 
     /// That of a guest's disk, where it has come: what a running guest has open needs none.
     pub fn of_disk(&self, instance: InstanceId, io: &DiskIo) -> Option<Passphrase> {
-        let secret = io.secret?;
+        self.of_guest(instance, io.secret?)
+    }
+
+    /// That of a secret, for a guest.
+    pub fn of_guest(&self, instance: InstanceId, secret: uuid::Uuid) -> Option<Passphrase> {
         let held = self.held.lock();
         held.get(&KeyOwner::Guest(instance)).and_then(|(_, keys)| keys.get(&secret)).cloned()
     }

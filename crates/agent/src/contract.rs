@@ -251,6 +251,7 @@ impl Subject {
                 balloon: false,
                 board: Default::default(),
                 tpm: false,
+                tpm_secret: None,
                 stateful: false,
                 boot_menu: false,
                 windows: false,

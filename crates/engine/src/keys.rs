@@ -96,6 +96,8 @@ impl EngineInner {
                 one.projects.push(volume.project);
             }
         };
+        let tpm = spec.machine.as_ref().and_then(|m| m.tpm_secret);
+        add(&DiskIo { secret: tpm, ..DiskIo::default() }, "tpm", None);
         if !spec.root.detached {
             add(&spec.root.io, &spec.root.name, Some(spec.root.volume));
         }
@@ -161,7 +163,7 @@ async fn hand(
         match cx.engine.passphrase(&projects, secret) {
             Ok(passphrase) => drop(keys.insert(secret, passphrase)),
             Err(e) if demanded => {
-                let text = format!("the encrypted disk {device:?} cannot be opened: {}", e.message);
+                let text = format!("what encrypts device {device:?} cannot be had: {}", e.message);
                 // What is missing is not what was asked for.
                 let kind = if e.is(ErrorKind::NotFound) { ErrorKind::Conflict } else { e.kind };
                 return Err(Error { kind, message: text, ..e }.at(format!("devices.{device}.{SECRET}")));

@@ -111,6 +111,9 @@ pub struct MachineSpec {
     /// It has a TPM 2.0.
     #[serde(default)]
     pub tpm: bool,
+    /// The secret whose value the state of that is encrypted with.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tpm_secret: Option<uuid::Uuid>,
     /// Its memory can be saved: it has no devices that QEMU cannot save.
     #[serde(default)]
     pub stateful: bool,

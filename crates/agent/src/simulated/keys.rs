@@ -28,7 +28,9 @@ impl State {
         let root = spec.root.io.secret.filter(|_| before.is_none()).map(|s| (s, spec.root.name.as_str()));
         let disks = spec.disks.iter().filter(|d| !d.ejected && !had.contains(d.slot.as_str()));
         let disks = disks.filter_map(|d| Some((d.io.secret?, d.name.as_str())));
-        match root.into_iter().chain(disks).find(|(secret, _)| !keys.contains_key(secret)) {
+        let tpm = spec.machine.as_ref().filter(|_| before.is_none()).and_then(|m| m.tpm_secret);
+        let tpm = tpm.map(|s| (s, "tpm"));
+        match root.into_iter().chain(tpm).chain(disks).find(|(secret, _)| !keys.contains_key(secret)) {
             None => Ok(()),
             Some((secret, name)) => Err(no_key(secret, name)),
         }

@@ -97,6 +97,8 @@ pub struct ResolvedGuest {
     pub application: Option<ResolvedApplication>,
     /// This start goes on from memory in a file of the host.
     pub memory: Option<ResolvedMemory>,
+    /// What the state of its TPM is encrypted with, where its hardware says a secret. In no record.
+    pub tpm_key: Option<Passphrase>,
 }
 
 /// Memory in a file of the host.

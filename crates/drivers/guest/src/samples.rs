@@ -40,6 +40,7 @@ pub fn guest(kind: InstanceKind, root: ResolvedDisk) -> ResolvedGuest {
         environment: Default::default(),
         application: None,
         memory: None,
+        tpm_key: None,
     }
 }
 
@@ -105,6 +106,7 @@ pub fn machine(uuid: u128) -> MachineSpec {
         balloon: false,
         board: Default::default(),
         tpm: false,
+        tpm_secret: None,
         stateful: false,
         boot_menu: false,
         windows: false,

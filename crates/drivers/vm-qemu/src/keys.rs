@@ -3,7 +3,7 @@
 //! more. Nothing here is written down.
 
 use crate::{devices::Disk, qmp::Qmp, record::Record};
-use karst_guest::ResolvedDisk;
+use karst_guest::{ResolvedDisk, ResolvedGuest};
 use karst_model::{Error, ErrorKind, Result};
 use serde_json::{Value, json};
 use std::os::fd::{AsFd, OwnedFd};
@@ -25,6 +25,21 @@ pub(crate) fn descriptor(disk: &ResolvedDisk) -> Result<Option<OwnedFd>> {
             disk.name
         ))
         .at(format!("devices.{}.encryption.secret", disk.name))),
+    }
+}
+
+/// What the state of a machine's TPM is encrypted with, for `swtpm` to read; nothing where it is not.
+///
+/// # Errors
+/// Conflict, naming the secret, when it was not handed over.
+pub(crate) fn of_tpm(guest: &ResolvedGuest) -> Result<Option<OwnedFd>> {
+    let Some(secret) = guest.machine.as_ref().and_then(|m| m.tpm_secret) else { return Ok(None) };
+    match &guest.tpm_key {
+        Some(key) => Ok(Some(crate::launch::sealed("key", key.text().as_bytes())?)),
+        None => Err(Error::conflict(format!(
+            "the state of the TPM is encrypted, and the secret {secret} has no value here; set it (karst secret set, or \
+             virsh secret-set-value), and try again"
+        ))),
     }
 }
 

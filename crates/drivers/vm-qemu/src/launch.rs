@@ -593,6 +593,12 @@ pub(crate) fn explain(output: &str, record: &Record) -> Error {
              unset hardware.spice"
                 .to_owned(),
         )
+    } else if output.contains("TPM result for CMD_INIT") {
+        (
+            ErrorKind::Invalid,
+            "the state of its TPM cannot be read; was it encrypted with another passphrase than its secret has now, or not at all?"
+                .to_owned(),
+        )
     } else if output.contains("is not in qcow2 format") {
         (ErrorKind::Invalid, "its disk image is not the qcow2 image that it should be".to_owned())
     } else {

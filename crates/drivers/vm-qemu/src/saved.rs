@@ -112,6 +112,8 @@ impl Shape {
                 // Who serves the disks is not the guest's to see.
                 iothreads: vec![],
                 scsi_iothread: None,
+                // Nor what its TPM is kept with.
+                tpm_secret: None,
                 // The firmware told them when it started.
                 strings: vec![],
                 accelerator: None,

@@ -1,8 +1,8 @@
 //! The TPM 2.0 of a machine: a process `swtpm` beside QEMU, as the same user without any right of its own, under a keeper of
 //! its own. It ends with QEMU's end of its control socket. What it keeps lies in `tpm/state` of the guest's directory,
-//! which it reaches by a descriptor.
+//! which it reaches by a descriptor; so it does what that is encrypted with, where a secret says so.
 
-use crate::launch::Groups;
+use crate::{keys, launch::Groups};
 use karst_guest::{
     ResolvedGuest,
     keeper::{self, Spec},
@@ -30,6 +30,7 @@ const STATE: &str = "state";
 /// Descriptors in its process.
 const CONTROL: i32 = 10;
 const PLACE: i32 = 11;
+const KEY: i32 = 12;
 /// How long it may take to see that QEMU is gone.
 const LAST: Duration = Duration::from_secs(3);
 
@@ -44,6 +45,7 @@ pub(crate) fn state(dir: &Path) -> PathBuf {
 /// Unsupported when swtpm is not installed.
 pub(crate) async fn start(guest: &ResolvedGuest, groups: &Groups, cgroups: &Cgroups) -> Result<OwnedFd> {
     let program = Program::Swtpm.path().map_err(|e| Error { field: Some("devices".into()), ..e })?;
+    let key = keys::of_tpm(guest)?;
     let dir = guest.state_dir.join(DIR);
     // Of a QEMU that is gone.
     end(&guest.state_dir).await?;
@@ -59,7 +61,7 @@ pub(crate) async fn start(guest: &ResolvedGuest, groups: &Groups, cgroups: &Cgro
         rustix::fs::open(state(&guest.state_dir), flags, Mode::empty()).map_err(std::io::Error::from)?;
     let (ours, theirs) = socketpair(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)
         .map_err(std::io::Error::from)?;
-    let argv = [
+    let mut argv = vec![
         "swtpm".to_owned(),
         "socket".into(),
         "--tpm2".into(),
@@ -70,6 +72,12 @@ pub(crate) async fn start(guest: &ResolvedGuest, groups: &Groups, cgroups: &Cgro
         // Also when QEMU is killed and says no more.
         "--terminate".into(),
     ];
+    let (mut numbers, mut fds) = (vec![CONTROL, PLACE], vec![theirs, place]);
+    if let Some(key) = key {
+        argv.extend(["--key".into(), format!("pwdfd={KEY},mode=aes-256-cbc,kdf=pbkdf2")]);
+        numbers.push(KEY);
+        fds.push(key);
+    }
     let spec = Spec {
         daemon: guest.daemon_id.clone(),
         instance: guest.instance.to_string(),
@@ -83,10 +91,10 @@ pub(crate) async fn start(guest: &ResolvedGuest, groups: &Groups, cgroups: &Cgro
         keeper_cgroups: cgroups.dirs(&groups.keeper),
         cgroups: cgroups.dirs(&groups.keeper),
         rlimits: vec![(libc::RLIMIT_CORE, 0, 0), (libc::RLIMIT_NOFILE, 256, 256)],
-        fds: vec![CONTROL, PLACE],
+        fds: numbers,
         ..Spec::default()
     };
-    keeper::launch(&dir, &spec, vec![theirs, place]).await?;
+    keeper::launch(&dir, &spec, fds).await?;
     Ok(ours)
 }
 

@@ -124,3 +124,38 @@ async fn encrypted_disks_are_opened_and_their_passphrase_is_nowhere() {
     driver.destroy(id).await.unwrap();
     place.assert_clean();
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_state_of_a_tpm_is_read_with_its_passphrase_only() {
+    if !Path::new("/usr/bin/swtpm").exists() {
+        return backends::missing("swtpm is missing (package swtpm)");
+    }
+    let Some(place) = Place::small("tpmkey") else { return };
+    let mut guest = place.guest(1);
+    let id = guest.instance;
+    guest.limits.cpu = None;
+    let machine = guest.machine.as_mut().unwrap();
+    (machine.tpm, machine.tpm_secret) = (true, Some(uuid::Uuid::from_u128(0x5ec)));
+    let driver = place.driver();
+    let e = driver.start(&guest).await.unwrap_err();
+    assert!(e.is(ErrorKind::Conflict) && e.message.contains("TPM") && e.message.contains("05ec"), "{e}");
+    let key = |words: &str| Some(Passphrase::of(words.as_bytes()).unwrap());
+    guest.tpm_key = key(WORDS);
+    driver.start(&guest).await.unwrap();
+    let swtpm = Command::new("pgrep").args(["-fa", "^swtpm .*--key"]).output().unwrap();
+    let lines = String::from_utf8_lossy(&swtpm.stdout).into_owned();
+    assert!(lines.contains("pwdfd=") && !lines.contains("sesame"), "{lines}");
+    assert_eq!(files_with(WORDS, &place.dir), "");
+    driver.stop(id, StopMode::Force).await.unwrap();
+    for (words, opens) in [("open barley", false), (WORDS, true)] {
+        guest.generation.n += 1;
+        guest.tpm_key = key(words);
+        match driver.start(&guest).await {
+            Ok(_) => assert!(opens, "{words}"),
+            Err(e) => assert!(!opens && e.message.contains("TPM"), "{words}: {e} {:?}", e.context),
+        }
+    }
+    driver.stop(id, StopMode::Force).await.unwrap();
+    driver.destroy(id).await.unwrap();
+    place.assert_clean();
+}

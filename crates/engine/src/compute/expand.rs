@@ -38,6 +38,8 @@ pub struct ParsedDevices {
     pub nics: Vec<(String, NicDevice)>,
     /// Name of the TPM.
     pub tpm: Option<String>,
+    /// The secret that its state is encrypted with.
+    pub tpm_secret: Option<uuid::Uuid>,
     /// Name and kernel that it is started with.
     pub kernel: Option<(String, KernelDevice)>,
     /// Names and ports, in name order.
@@ -54,7 +56,7 @@ pub struct ParsedDevices {
 pub fn parse_devices(devices: &Devices) -> Result<ParsedDevices> {
     let (mut root, mut tpm, mut kernel) = (None, None::<String>, None::<(String, KernelDevice)>);
     let (mut disks, mut nodes, mut proxies, mut nics) = (vec![], vec![], vec![], vec![]);
-    let (mut ports, mut given) = (vec![], vec![]);
+    let (mut ports, mut given, mut tpm_secret) = (vec![], vec![], None);
     for (name, keys) in devices {
         match Device::parse(name, keys)? {
             Device::Root(d) => {
@@ -73,7 +75,8 @@ pub fn parse_devices(devices: &Devices) -> Result<ParsedDevices> {
             Device::Port(d) => ports.push((name.clone(), d)),
             Device::Usb(d) => given.push((name.clone(), HostDevice::Usb(d))),
             Device::Input(d) => given.push((name.clone(), HostDevice::Input(d))),
-            Device::Tpm(_) => {
+            Device::Tpm(d) => {
+                tpm_secret = d.secret;
                 if let Some(other) = tpm.replace(name.clone()) {
                     return Err(Error::invalid(
                         format!("devices.{name}.type"),
@@ -121,7 +124,7 @@ pub fn parse_devices(devices: &Devices) -> Result<ParsedDevices> {
             "the instance has no root disk; add a disk with path=/ and a pool, or a profile that has one",
         )
     })?;
-    Ok(ParsedDevices { root, disks, nodes, proxies, nics, tpm, kernel, ports, given })
+    Ok(ParsedDevices { root, disks, nodes, proxies, nics, tpm, tpm_secret, kernel, ports, given })
 }
 
 /// A guest tells directories by their tags, so each has one of its own. Those without a word get their device's name.
@@ -561,6 +564,7 @@ pub fn guest_spec(
             balloon: h.balloon && keys::optional_flag(config, "hardware.balloon").unwrap_or(true),
             board: Board::of(config)?,
             tpm: parsed.tpm.is_some(),
+            tpm_secret: parsed.tpm_secret,
             stateful,
             boot_menu: keys::optional_flag(config, "hardware.boot_menu").unwrap_or(false),
             windows: told_of_hyper_v(config, instance),

@@ -177,3 +177,33 @@ async fn what_is_not_there_is_refused_by_its_name() {
     let all = client.call(number("CONNECT_NUM_OF_DEFINED_DOMAINS"), &[]).await.unwrap();
     assert_eq!(Reader::new(&all).i32().unwrap(), 0);
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_state_of_a_tpm_is_encrypted_with_a_secret() {
+    let (server, mut client, pool) = ready().await;
+    secret(&mut client, 1, true).await;
+    volume(&mut client, &pool, "v1", &by_uuid(1)).await.unwrap();
+    let tpm = |n: u128| {
+        let uuid = Uuid::from_u128(n);
+        format!(
+            "{}<tpm model='tpm-tis'><backend type='emulator' version='2.0'><encryption secret='{uuid}'/></backend></tpm>",
+            disk("v1", "sda", &by_uuid(1))
+        )
+    };
+    define(&mut client, &domain(&tpm(2))).await.unwrap();
+    let wanted = format!("<encryption secret='{}'/>", Uuid::from_u128(2));
+    let xml = dump(&mut client, "m1", 2).await;
+    assert!(xml.contains(&wanted), "{xml}");
+    let m1 = client.domain("m1").await;
+    let e = client.call(number("DOMAIN_CREATE"), &m1).await.unwrap_err();
+    assert!(e.1.contains(&Uuid::from_u128(2).to_string()) && e.1.contains("define it"), "{e:?}");
+    // Another one, and none.
+    define(&mut client, &xml.replace(&wanted, &wanted.replace('2', "1"))).await.unwrap();
+    client.call(number("DOMAIN_CREATE"), &m1).await.unwrap();
+    nothing_is_left(&server);
+    client.call(number("DOMAIN_DESTROY"), &m1).await.unwrap();
+    define(&mut client, &xml.replace(&wanted, "")).await.unwrap();
+    assert!(!dump(&mut client, "m1", 2).await.contains("<encryption secret="));
+    let e = define(&mut client, &xml.replace(&wanted, "<encryption/>")).await.unwrap_err();
+    assert!(e.0 == Code::XmlError as i32 && e.1.contains("secret="), "{e:?}");
+}

@@ -151,7 +151,8 @@ async fn what_runs_has_aliases_that_clients_open_it_by() {
     assert!(!document(&mut client, &d1, 2).await.contains("<alias"));
     client.call(number("DOMAIN_CREATE"), &d1).await.unwrap();
     let live = document(&mut client, &d1, 0).await;
-    for (alias, times) in [("serial0", 2), ("serial1", 1), ("console1", 1), ("channel0", 1), ("channel1", 1)] {
+    for (alias, times) in [("serial0", 2), ("serial1", 1), ("console1", 1), ("channel0", 1), ("channel1", 1)]
+    {
         assert_eq!(live.matches(&format!("<alias name='{alias}'/>")).count(), times, "{alias}: {live}");
     }
     for (n, alias) in ["serial0", "serial1", "console1", "channel0"].into_iter().enumerate() {

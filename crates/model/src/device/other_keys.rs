@@ -84,6 +84,10 @@ pub const DEVICE_KEYS: &[DeviceKeys] = &[
         "tpm",
         "Virtual machines: a TPM 2.0, whose state is kept with the machine.",
         &[
+            (
+                "encryption.secret",
+                "The state is encrypted with the value of this secret of the project (its UUID); from its first start on, or not at all.",
+            ),
             ("path", "None: it is Incus' key of containers, which have no TPM here."),
             ("pathrm", "None, as `path`."),
         ],

@@ -1,12 +1,17 @@
 //! The TPM of a virtual machine: `tpm`.
 
 use super::{Keys, other_keys::keys_of};
-use crate::{Error, Result};
+use crate::{Error, Result, encryption};
 use serde::{Deserialize, Serialize};
+use uuid::Uuid;
 
-/// A TPM 2.0. It has no keys of its own.
+/// A TPM 2.0.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub struct TpmDevice {}
+pub struct TpmDevice {
+    /// The secret whose value its state is encrypted with.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub secret: Option<Uuid>,
+}
 
 impl TpmDevice {
     pub(super) fn parse(keys: &Keys<'_>) -> Result<Self> {
@@ -20,6 +25,8 @@ impl TpmDevice {
                 .at(keys.field(key)));
             }
         }
-        Ok(Self {})
+        let secret = keys.get(encryption::SECRET);
+        let secret = secret.map(|text| encryption::parse_secret(&keys.field(encryption::SECRET), text));
+        Ok(Self { secret: secret.transpose()? })
     }
 }

@@ -96,6 +96,26 @@ pub fn show(disk: &mut Element, kept: Option<&Element>, secret: Uuid) {
     }
 }
 
+/// What the state of a TPM is encrypted with.
+///
+/// # Errors
+/// XML error, naming the attribute.
+pub fn of_tpm(tpm: &Element) -> Result<Option<Uuid>, VirError> {
+    let Some(e) = tpm.find("backend").and_then(|b| b.find(NAME)) else { return Ok(None) };
+    match e.attribute("secret").map(Uuid::parse_str) {
+        Some(Ok(secret)) => Ok(Some(secret)),
+        _ => Err(wrong(Part::Domain, "the encryption of a tpm names its secret by a UUID (secret='...')")),
+    }
+}
+
+/// Shows it, in place of what is said of it there.
+pub fn show_tpm(tpm: &mut Element, secret: Option<Uuid>) {
+    if let Some(backend) = tpm.elements_mut().iter_mut().find(|inner| inner.name() == "backend") {
+        backend.elements_mut().retain(|inner| inner.name() != NAME);
+        backend.push_some(secret.map(|secret| Element::new(NAME).with("secret", secret)));
+    }
+}
+
 /// What a volume that is made is encrypted with.
 ///
 /// # Errors
@@ -251,6 +271,23 @@ mod tests {
             let e = of_volume(&target(inner)).unwrap_err();
             assert!(e.code == code && e.text.contains(word), "{inner}: {e:?}");
         }
+    }
+
+    #[test]
+    fn tpms_name_what_their_state_is_encrypted_with() {
+        let tpm = |inner: &str| {
+            document(&format!("<tpm model='tpm-tis'><backend type='emulator'>{inner}</backend></tpm>"))
+                .unwrap()
+        };
+        let uuid = Uuid::parse_str(UUID).unwrap();
+        assert_eq!(of_tpm(&tpm("")), Ok(None));
+        let mut e = tpm(&format!("<encryption secret='{UUID}'/>"));
+        assert_eq!(of_tpm(&e), Ok(Some(uuid)));
+        show_tpm(&mut e, Some(uuid));
+        assert_eq!(e.document().matches("encryption").count(), 1);
+        show_tpm(&mut e, None);
+        assert_eq!(of_tpm(&e), Ok(None));
+        assert_eq!(of_tpm(&tpm("<encryption/>")).unwrap_err().code, Code::XmlError);
     }
 
     #[test]

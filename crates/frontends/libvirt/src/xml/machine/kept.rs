@@ -351,9 +351,10 @@ const DEVICES: &[Row] = &[
         "tpm",
         When(|e| {
             is(e, "model", &["tpm-crb", "tpm-tis"])
-                && e.find("backend").is_none_or(|b| b.elements().is_empty())
+                // What is in it is looked at by `encryption`.
+                && e.find("backend").is_none_or(|b| b.elements().iter().all(|e| e.name() == "encryption"))
         }),
-        "there are emulated ones of the models tpm-crb and tpm-tis",
+        "there are emulated ones of the models tpm-crb and tpm-tis, whose state may be encrypted",
     ),
     (
         "watchdog",

@@ -94,6 +94,8 @@ pub struct Machine {
     pub kernel: Option<Kernel>,
     /// It has a TPM 2.0.
     pub tpm: bool,
+    /// The secret that the state of that is encrypted with.
+    pub tpm_secret: Option<Uuid>,
     /// Disks.
     pub disks: Vec<Disk>,
     /// NICs.

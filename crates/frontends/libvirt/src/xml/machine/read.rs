@@ -103,6 +103,7 @@ pub fn machine(text: &str) -> Result<Machine, VirError> {
         ends_on_reboot: body("on_reboot") == Some("destroy"),
         kernel: kernel(os)?,
         tpm: false,
+        tpm_secret: None,
         disks: vec![],
         nics: vec![],
         ports: ports::read(devices.elements())?,
@@ -164,6 +165,7 @@ pub fn machine(text: &str) -> Result<Machine, VirError> {
                     return Err(refuse("tpm", "a machine has one"));
                 }
                 all.tpm = true;
+                all.tpm_secret = encryption::of_tpm(e)?;
                 all.opaque.devices.push(e.clone());
             }
             "graphics" => {

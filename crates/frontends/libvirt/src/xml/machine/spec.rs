@@ -284,7 +284,9 @@ pub fn create(machine: &Machine) -> Result<Created, VirError> {
         kernel(devices.entry("kernel0".into()).or_default(), one);
     }
     if machine.tpm {
-        set(devices.entry("tpm0".into()).or_default(), "type", Some("tpm"));
+        let keys = devices.entry("tpm0".into()).or_default();
+        set(keys, "type", Some("tpm"));
+        set(keys, SECRET, machine.tpm_secret);
     }
     devices.extend(machine.ports.iter().map(|port| (port.name.clone(), port.keys())));
     for (n, one) in machine.filesystems.iter().enumerate() {
@@ -474,7 +476,9 @@ fn devices(present: &Present<'_>, new: &Machine) -> Result<Devices, VirError> {
             Some("nic") => true,
             Some("tpm") => {
                 if new.tpm {
-                    wanted.insert(name.clone(), None);
+                    let mut changed = keys.clone();
+                    set(&mut changed, SECRET, new.tpm_secret);
+                    wanted.insert(name.clone(), (changed != *keys).then_some(changed));
                 }
                 true
             }
@@ -526,7 +530,9 @@ fn devices(present: &Present<'_>, new: &Machine) -> Result<Devices, VirError> {
         hostdevs::change(&mut devices, present.expanded, &old.given, &new.given);
     }
     if new.tpm && !old.tpm {
-        devices.insert("tpm0".into(), [("type".to_owned(), "tpm".to_owned())].into());
+        let mut keys = Keys::from([("type".to_owned(), "tpm".to_owned())]);
+        set(&mut keys, SECRET, new.tpm_secret);
+        devices.insert("tpm0".into(), keys);
     }
     for (name, keys) in wanted {
         if let Some(keys) = keys {

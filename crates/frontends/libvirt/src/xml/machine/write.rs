@@ -517,7 +517,9 @@ fn devices(shown: &Shown<'_>, opaque: &Opaque, on_board: &Board) -> Result<Eleme
     if parsed.tpm.is_some() && !same_tpm {
         let backend = Element::new("backend").with("type", "emulator").with("version", "2.0");
         let model = if tis { "tpm-tis" } else { "tpm-crb" };
-        devices.push(Element::new("tpm").with("model", model).child(backend));
+        let mut tpm = Element::new("tpm").with("model", model).child(backend);
+        encryption::show_tpm(&mut tpm, parsed.tpm_secret);
+        devices.push(tpm);
     }
     // Whatever a document asked for, a machine has one screen. A document that asked for none is shown none, unless the screen has a
     // password since, a place where it listens, or SPICE. What it said of SPICE stands as long as the key says so.
@@ -593,6 +595,9 @@ fn devices(shown: &Shown<'_>, opaque: &Opaque, on_board: &Board) -> Result<Eleme
     let ours = |e: &&mut Element| e.name() == "graphics" && read::protocol(e).is_some();
     for graphics in kept.iter_mut().filter(ours) {
         secure(graphics, shown.guard.as_ref());
+    }
+    for tpm in kept.iter_mut().filter(|e| e.name() == "tpm") {
+        encryption::show_tpm(tpm, parsed.tpm_secret);
     }
     devices.elements_mut().extend(kept);
     tuning::show_controller(&mut devices, shown.config)?;
