@@ -100,21 +100,18 @@ pub(crate) fn told_of<'a>(said: &str, record: &'a Record) -> Option<&'a Resolved
     named.or_else(|| all.next().filter(|_| encrypted.count() == 1))
 }
 
-/// Bytes that stand before the content of a container that QEMU has open: what its file has more than it shows.
-pub(crate) async fn header(qmp: &Qmp, file: &str, image: &str) -> Result<u64> {
-    let nodes = qmp.execute("query-named-block-nodes", json!({"flat": true})).await?;
-    let size = |name: &str| {
-        let mut nodes = nodes.as_array().into_iter().flatten();
-        let node = nodes.find(|n| n.get("node-name").and_then(Value::as_str) == Some(name))?;
-        node.pointer("/image/virtual-size")?.as_u64()
-    };
-    match (size(file), size(image)) {
-        (Some(file), Some(image)) if file >= image => Ok(file - image),
-        found => Err(Error::internal(
-            "QEMU does not say how large the disk is",
-            format!("{file}, {image}: {found:?}"),
-        )),
-    }
+/// Bytes that stand before the content of a container that QEMU has open as this node.
+pub(crate) async fn header(qmp: &Qmp, image: &str) -> Result<u64> {
+    header_of(&qmp.execute("query-named-block-nodes", json!({"flat": true})).await?, image)
+}
+
+/// The same, of what QEMU says of its nodes. Their sizes do not tell: that of a device that has grown is known at once, what is in it
+/// is not.
+fn header_of(nodes: &Value, image: &str) -> Result<u64> {
+    let mut all = nodes.as_array().into_iter().flatten();
+    let node = all.find(|n| n.get("node-name").and_then(Value::as_str) == Some(image));
+    let header = node.and_then(|n| n.pointer("/image/format-specific/data/payload-offset")?.as_u64());
+    header.ok_or_else(|| Error::internal("QEMU does not say where the content of the disk begins", image))
 }
 
 #[cfg(test)]
@@ -155,5 +152,16 @@ mod tests {
         );
         assert!(explain("Volume is not in LUKS format", None).unwrap().message.contains("encrypted disk"));
         assert!(explain("No space left on device", Some(&disk())).is_none());
+    }
+
+    #[test]
+    fn where_the_content_begins_is_qemus_word() {
+        let luks = json!({"type": "luks", "data": {"payload-offset": 2_068_480, "cipher-alg": "aes-256"}});
+        let nodes = json!([
+            {"node-name": "f-scsi1", "image": {"virtual-size": 9}},
+            {"node-name": "i-scsi1", "image": {"virtual-size": 3, "format-specific": luks}},
+        ]);
+        assert_eq!(header_of(&nodes, "i-scsi1").unwrap(), 2_068_480);
+        assert!(header_of(&nodes, "f-scsi1").is_err() && header_of(&nodes, "i-scsi2").is_err());
     }
 }

@@ -155,7 +155,7 @@ pub(crate) async fn grow(machine: &Inner, slot: &str, size: u64) -> Result<()> {
     };
     // What stands before the content is in the size that is stored, and not in that of the disk.
     let before = match encrypted {
-        true => keys::header(&qmp, &side.name('f', slot), &side.name('i', slot)).await?,
+        true => keys::header(&qmp, &side.name('i', slot)).await?,
         false => 0,
     };
     let size = size.saturating_sub(before);
