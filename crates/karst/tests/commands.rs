@@ -238,6 +238,21 @@ async fn passwords_of_displays_come_from_stdin_or_a_file() {
 }
 
 #[tokio::test]
+async fn values_of_secrets_are_not_on_the_command_line() {
+    let fake = Fake::start().await;
+    for line in [&["secret", "create", "sesame"][..], &["secret", "set", "a2b1", "sesame"]] {
+        let (_, _, code) = texts(&fake.run(line).await);
+        assert_eq!(code, 2, "{line:?}");
+    }
+    // Nor is anything asked of the server without one.
+    for line in [&["secret", "create", "--type", "volume", "--usage", "/a"][..], &["secret", "set", "a2b1"]] {
+        let (_, err, code) = texts(&fake.run(line).await);
+        assert_eq!((err.lines().count(), code), (1, 1), "{line:?}: {err}");
+    }
+    assert_eq!(fake.requests(), Vec::<String>::new());
+}
+
+#[tokio::test]
 async fn passwords_of_registries_come_from_stdin() {
     let fake = Fake::start().await;
     let line = ["image", "registry", "add", "registry.example:5000", "--user", "robot"];
