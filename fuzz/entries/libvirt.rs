@@ -98,7 +98,9 @@ pub fn documents(text: &str) {
     let _ = storage::read_pool(text);
     let _ = storage::read_volume(text);
     let _ = secret::read(text);
-    let _ = snapshot::read(text);
+    for disk_only in [false, true] {
+        let _ = snapshot::read(text, disk_only);
+    }
 }
 
 /// An engine with a simulated host, and somebody whose connection has to stay.

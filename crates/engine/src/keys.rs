@@ -4,13 +4,13 @@
 //! A device's secret is one of its instance's project. What a volume says may also be one of the project that the volume counts for,
 //! which is another where projects share their volumes.
 
-use crate::{EngineInner, saga::StepContext};
+use crate::{EngineInner, Records, saga::StepContext};
 use karst_agent::{CallContext, HostAgent, KeyOwner, KeysHand};
 use karst_model::{
-    Error, ErrorKind, InstanceId, ProjectId, Result, VolumeId,
+    Config, Error, ErrorKind, InstanceId, ProjectId, Result, VolumeId,
     device::DiskIo,
     encryption::{Encryption, Passphrase, Passphrases, SECRET},
-    instance::InstanceKind,
+    instance::{Instance, InstanceKind},
     spec::GuestSpec,
     storage::Volume,
 };
@@ -30,11 +30,30 @@ pub(crate) fn driven(io: DiskIo, volume: Option<&Volume>) -> DiskIo {
     DiskIo { secret: io.secret.or_else(of_volume), ..io }
 }
 
+/// Refuses to take the root of an instance for that of another one, or for an image: an instance's own root is not encrypted, and so what
+/// came out of it would open nowhere.
+///
+/// # Errors
+/// Unsupported, with what to do.
+pub(crate) fn demand_open_root(records: &Records, instance: &Instance) -> Result<()> {
+    let devices = records.expanded(instance).1;
+    let is_root = |keys: &Config| keys.get("path").is_some_and(|p| p == "/");
+    let said = devices.values().any(|keys| is_root(keys) && keys.get(SECRET).is_some_and(|s| !s.is_empty()));
+    match said || records.volumes.get(&instance.root).is_some_and(|v| v.encryption().is_some()) {
+        false => Ok(()),
+        true => Err(Error::unsupported(format!(
+            "the root of instance {:?} is an encrypted volume, and what is made of instances has a root of its own; copy or export that \
+             volume, and make an instance with it",
+            &*instance.name
+        ))),
+    }
+}
+
 /// What a volume is made with it keeps; the secret may be another one that has the same passphrase.
 ///
 /// # Errors
 /// Invalid, naming the key.
-pub(crate) fn demand_same(before: &karst_model::Config, after: &karst_model::Config) -> Result<()> {
+pub(crate) fn demand_same(before: &Config, after: &Config) -> Result<()> {
     let (was, is) = (Encryption::of(before)?, Encryption::of(after)?);
     match (was, is) {
         (None, None) => Ok(()),
@@ -190,7 +209,6 @@ pub(crate) fn project_of(cx: &StepContext, instance: InstanceId) -> Result<Proje
 #[cfg(test)]
 mod tests {
     use super::*;
-    use karst_model::Config;
 
     #[test]
     fn what_a_volume_is_encrypted_with_stays() {

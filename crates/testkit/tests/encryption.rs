@@ -10,6 +10,7 @@ use karst_engine::{
         power::PowerRequest,
         update::UpdateInstance,
     },
+    images::publish::PublishImage,
     secrets::{DefineSecret, SecretKey, SecretValue},
     volumes::{copy::CopyVolume, create::CreateVolume, update::UpdateVolume},
 };
@@ -224,6 +225,31 @@ fn machines_open_their_disks_with_secrets_and_say_which_is_missing() {
         done(&w, power(&w, PowerAction::Start).await).await;
         nothing_is_left(&w).await;
         assert_eq!(w.faults().await, Vec::<String>::new());
+    });
+}
+
+#[test]
+fn an_encrypted_root_is_started_and_is_taken_for_nobody_elses() {
+    SeededEnv::run(4, |env| async move {
+        let w = ready(&env).await;
+        define(&w, 1, Some(WORDS)).await;
+        let config = keys(&[("size", "1GiB"), ("encryption.secret", &secret(1))]);
+        done(&w, volume(&w, "v1", config).await).await;
+        let create = CreateInstance {
+            kind: InstanceKind::VirtualMachine,
+            start: true,
+            devices: Devices::from([("root".into(), drive("v1", &[("path", "/")]))]),
+            ..container("m")
+        };
+        done(&w, w.engine.instance_create(&w.admin, P, create).await.map(|(_, o)| o)).await;
+        nothing_is_left(&w).await;
+        done(&w, power(&w, PowerAction::Stop).await).await;
+        let publish = PublishImage { name: "m".into(), ..Default::default() };
+        let e = refused(&w, w.engine.image_publish(&w.admin, P, publish).await).await;
+        assert!(e.is(ErrorKind::Unsupported) && e.message.contains("encrypted volume"), "{e}");
+        w.engine.secret_undefine(&w.admin, P, Uuid::from_u128(1)).await.unwrap();
+        let e = refused(&w, power(&w, PowerAction::Start).await).await;
+        assert_eq!(e.field.as_deref(), Some("devices.root.encryption.secret"));
     });
 }
 

@@ -106,6 +106,7 @@ impl Engine {
             let mut guests = vec![];
             let (kind, volume, node, (metadata, templates)) = match &found {
                 Found::Instance(row) => {
+                    crate::keys::demand_open_root(&records, row)?;
                     guests.extend(guest(&records, row));
                     let root = records.volumes.get(&row.root);
                     let root = root.ok_or_else(|| Error::not_found("the root volume is gone"))?;

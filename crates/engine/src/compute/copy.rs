@@ -108,6 +108,7 @@ impl Engine {
             };
             chosen = name.to_string();
             tx.expect(&project);
+            crate::keys::demand_open_root(&records, source)?;
             let (config, devices, profiles) = match at {
                 Some(s) => (&s.config, &s.devices, &s.profiles),
                 None => (&source.config, &source.devices, &source.profiles),

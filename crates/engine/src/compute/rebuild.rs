@@ -54,6 +54,7 @@ impl Engine {
             }
             crate::checkpoints::demand_none_of(&records, row.id, "and would get another disk")?;
             crate::layers::demand_one_of(&records, row, "and would get another disk")?;
+            crate::keys::demand_open_root(&records, row)?;
             tx.expect(row);
             tx.expect(&project);
             let image = inner.source_image(&records, &project, &source, row.kind)?;

@@ -89,6 +89,8 @@ impl Engine {
             }
             crate::checkpoints::demand_none_of(&records, target.id, "and would get another disk")?;
             crate::layers::demand_one_of(&records, target, "and would get another disk")?;
+            crate::keys::demand_open_root(&records, source)?;
+            crate::keys::demand_open_root(&records, target)?;
             let (from, to) = (root(&records, source)?, root(&records, target)?);
             let taken = |i: &Instance| records.snapshots_of(i.id).into_iter().cloned().collect::<Vec<_>>();
             let (theirs, ours) = (taken(source), taken(target));

@@ -73,6 +73,7 @@ impl Engine {
             if request.snapshot.is_none() {
                 crate::layers::demand_one_of(&records, source, "which an image would not have")?;
             }
+            crate::keys::demand_open_root(&records, source)?;
             let mut options = request.options.clone();
             let now = inner.env.now();
             if options.expires_at.is_some_and(|t| t <= now) {
