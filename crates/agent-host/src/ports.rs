@@ -93,7 +93,11 @@ fn resolve_all(policy: &HostPolicy, lines: &[LineSpec]) -> Result<BTreeMap<Strin
 fn resolve(policy: &HostPolicy, line: &LineSpec) -> Result<ResolvedPort> {
     let field = |key: &str| format!("devices.{}.{key}", line.name);
     let end = match &line.device.to {
-        PortEnd::Stream {} | PortEnd::Null {} | PortEnd::Screen {} | PortEnd::Agent { .. } => None,
+        PortEnd::Stream {}
+        | PortEnd::Null {}
+        | PortEnd::Screen {}
+        | PortEnd::Agent { .. }
+        | PortEnd::Spice {} => None,
         PortEnd::File(wanted) => Some(policy.port_file(&field("path"), wanted)?),
         PortEnd::Device { path } => Some(policy.port_device(&field("path"), path)?),
         PortEnd::Unix { path, listen } => Some(policy.port_socket(&field("path"), path, *listen)?),

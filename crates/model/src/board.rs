@@ -33,6 +33,7 @@ pub(crate) mod text;
 
 use crate::{
     ByteSize, Config, Error, Result,
+    device::usb_filter,
     keys::{optional_flag, set},
     options::Virtio,
 };
@@ -112,6 +113,9 @@ pub struct Board {
     /// `hardware.usb.devices`.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub usb_devices: Vec<UsbDevice>,
+    /// `hardware.usb.filter`: which devices on USB of others are taken, in usbredir's words.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub usb_filter: Option<String>,
     /// `hardware.input`: those of virtio.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub inputs: Vec<Pointer>,
@@ -436,6 +440,7 @@ const TOPOLOGY: &str = "hardware.cpu.topology";
 const NUMA: &str = "hardware.numa";
 const USB: &str = "hardware.usb";
 const USB_DEVICES: &str = "hardware.usb.devices";
+const USB_FILTER: &str = "hardware.usb.filter";
 const INPUT: &str = "hardware.input";
 const SOUND: &str = "hardware.sound";
 const MAIN_POOL: &str = "hardware.main_thread.pool";
@@ -708,6 +713,9 @@ impl Board {
             memory: set(config, MEMORY).map(Memory::parse).transpose()?,
             usb: list(config, USB, MOST_USB, controller)?,
             usb_devices: list(config, USB_DEVICES, DEVICES, usb_device)?,
+            usb_filter: set(config, USB_FILTER)
+                .map(|text| usb_filter(&format!("config.{USB_FILTER}"), text))
+                .transpose()?,
             inputs: list(config, INPUT, MOST, |text| word(INPUT, text, POINTERS))?,
             sound,
             sound_codecs: codecs.unwrap_or_default(),
@@ -872,6 +880,7 @@ impl Board {
             (sound::CODECS, sound::text(&self.sound_codecs)),
             (USB, joined(&self.usb, controller)),
             (USB_DEVICES, joined(&self.usb_devices, device)),
+            (USB_FILTER, self.usb_filter.clone()),
             (VIDEO, joined(&self.video, |v| v.as_str().to_owned())),
             (RENDER, self.render.clone()),
             (parts::VIRTIO, parts::virtio_text(&self.virtio)),
@@ -931,6 +940,7 @@ mod tests {
             (sound::CODECS, "0=micro+duplex"),
             (USB, "ich9-ehci1,ich9-uhci1:0,ich9-uhci2:2,qemu-xhci:15"),
             (USB_DEVICES, "hub@0:1,mouse@0:1.2,tablet"),
+            (USB_FILTER, "0x08:-1:-1:-1:1|-1:-1:-1:-1:0"),
             (VIDEO, "qxl,qxl"),
             (RENDER, "/dev/dri/renderD128"),
             (parts::VIRTIO, "balloon=ats,input1=iommu+page-per-queue,scsi=packed"),

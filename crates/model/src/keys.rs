@@ -307,6 +307,7 @@ pub const INSTANCE_KEYS: &[Key] = &[
         false,
         "Emulated devices of USB: hub, keyboard, mouse, tablet, audio, each with its place as in hub@0:1.",
     ),
+    key("hardware.usb.filter", Text, VirtualMachine, "", false, of_board::USB_FILTER),
     key(
         "hardware.video",
         Text,

@@ -350,6 +350,11 @@ pub fn argv(m: &Machine) -> Result<Vec<String>> {
     }
     let usual = [Rng::default()];
     let rngs = if m.spec.board.rngs.is_empty() { &usual[..] } else { &m.spec.board.rngs };
+    let ports = ports::options(&m.spec.lines, m.spice, m.spec.board.usb_filter.as_deref())?;
+    let many = rngs.len() + ports.random.len();
+    if many > 8 {
+        return Err(Error::invalid("devices", "a virtual machine has random numbers from 8 places at most"));
+    }
     for (n, rng) in rngs.iter().enumerate() {
         let id = format!("rng{n}");
         opt("-object", format!("rng-random,id={id},filename=/dev/urandom"));
@@ -357,7 +362,7 @@ pub fn argv(m: &Machine) -> Result<Vec<String>> {
         if let Some((bytes, period)) = rng.rate {
             (device["max-bytes"], device["period"]) = (bytes.into(), period.into());
         }
-        if n == 0 && rngs.len() > 1 {
+        if n == 0 && many > 1 {
             device["multifunction"] = true.into();
         }
         virtio(&mut device, &rng.virtio);
@@ -365,7 +370,6 @@ pub fn argv(m: &Machine) -> Result<Vec<String>> {
     }
 
     opt("-chardev", format!("socket,id=console,fd={}", fd::CONSOLE));
-    let ports = ports::options(&m.spec.lines)?;
     if !ports.first_serial {
         opt("-serial", "chardev:console".into());
     }
@@ -429,6 +433,7 @@ pub fn argv(m: &Machine) -> Result<Vec<String>> {
         opt("-device", json!({"driver": driver, "id": "tpm", "tpmdev": "tpm0"}).to_string());
     }
 
+    let want_usb = given::want_usb(&m.spec.given) || ports.on_usb;
     let usb_buses = m.spec.board.usb.iter().filter(|c| !c.is_companion()).count() as u32;
     if m.spec.display {
         // Shown to whoever is handed a connection; it listens nowhere. Which of them are asked for a password, and for which one,
@@ -457,7 +462,7 @@ pub fn argv(m: &Machine) -> Result<Vec<String>> {
         opt("-spice", "port=0,streaming-video=off,seamless-migration=off".into());
         opt("-chardev", "spicevmc,id=vdagent,name=vdagent".into());
         let mut usb = json!({"driver": "qemu-xhci", "id": "usb"});
-        if given::want_usb(&m.spec.given) && usb_buses == 0 {
+        if want_usb && usb_buses == 0 {
             // All that it has are taken below.
             (usb["p2"], usb["p3"]) = (8.into(), 8.into());
         }
@@ -472,17 +477,28 @@ pub fn argv(m: &Machine) -> Result<Vec<String>> {
             let id = format!("redirect{n}");
             opt("-chardev", format!("spicevmc,id={id},name=usbredir"));
             let port = (n + 2).to_string();
-            let device =
+            let mut device =
                 json!({"driver": "usb-redir", "id": id, "chardev": id, "bus": "usb.0", "port": port});
+            if let Some(filter) = &m.spec.board.usb_filter {
+                device["filter"] = filter.as_str().into();
+            }
             opt("-device", device.to_string());
         }
     }
     for (option, value) in board::devices(&m.spec.board, layout, m.spice)? {
         opt(option, value);
     }
+    if want_usb && usb_buses == 0 && !m.spice {
+        let mut usb = json!({"driver": "qemu-xhci", "id": "usb", "p2": 8, "p3": 8});
+        layout.put(&mut usb, "devices", slot::USB)?;
+        opt("-device", usb.to_string());
+    }
     sets.extend(ports.sets);
     for (option, value) in ports.options {
         opt(option, value);
+    }
+    for (n, device) in ports.random.into_iter().enumerate() {
+        opt("-device", fixed("devices", device, &slot::rng(layout, rngs.len() + n))?);
     }
     threads::demand_few(&m.spec.iothreads)?;
     if let Some(object) = board::main_thread(&m.spec.board) {
@@ -493,11 +509,6 @@ pub fn argv(m: &Machine) -> Result<Vec<String>> {
     }
     for port in layout.root_ports() {
         opt("-device", port.to_string());
-    }
-    if given::want_usb(&m.spec.given) && usb_buses == 0 && !m.spice {
-        let mut usb = json!({"driver": "qemu-xhci", "id": "usb", "p2": 8, "p3": 8});
-        layout.put(&mut usb, "devices", slot::USB)?;
-        opt("-device", usb.to_string());
     }
     let given = given::options(&m.spec.given, layout, usb_buses)?;
     sets.extend(given.sets);

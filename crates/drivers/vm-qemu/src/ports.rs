@@ -15,7 +15,7 @@ use karst_model::{
     device::{PortEnd, PortPlace},
     spec::LineSpec,
 };
-use serde_json::json;
+use serde_json::{Value, json};
 use std::{collections::BTreeSet, os::fd::OwnedFd, path::Path};
 
 /// Of the first set of descriptors; each port has this and the next, which is of its log.
@@ -36,6 +36,10 @@ pub struct Ports {
     pub options: Vec<(&'static str, String)>,
     /// The serial port 0 is one of them, and not the console.
     pub first_serial: bool,
+    /// One of them is on USB.
+    pub on_usb: bool,
+    /// Devices of random numbers, which want a place on PCI.
+    pub random: Vec<Value>,
 }
 
 fn socket(name: &str) -> String {
@@ -47,11 +51,11 @@ fn checked(line: &LineSpec) -> Result<&str> {
     word(&format!("devices.{}", line.name), &line.name, "")
 }
 
-/// What QEMU is told of these.
+/// What QEMU is told of these, where the screen is there by SPICE, and where devices on USB of others are taken by a filter.
 ///
 /// # Errors
 /// Invalid, naming the device, where there is no room for it.
-pub fn options(lines: &[LineSpec]) -> Result<Ports> {
+pub fn options(lines: &[LineSpec], spice: bool, filter: Option<&str>) -> Result<Ports> {
     let mut all = Ports::default();
     let mut virtio = FIRST;
     for (i, line) in lines.iter().enumerate() {
@@ -65,6 +69,9 @@ pub fn options(lines: &[LineSpec]) -> Result<Ports> {
                 let on = |on: bool| if on { "on" } else { "off" };
                 format!("qemu-vdagent,id={id},name=vdagent,clipboard={},mouse={}", on(*clipboard), on(*mouse))
             }
+            // Without SPICE nobody is there.
+            PortEnd::Spice {} if spice => format!("spicevmc,id={id},name=smartcard"),
+            PortEnd::Spice {} => format!("null,id={id}"),
             PortEnd::File(file) => {
                 all.sets.push((set, number, "port"));
                 let append = if file.append { "on" } else { "off" };
@@ -123,6 +130,26 @@ pub fn options(lines: &[LineSpec]) -> Result<Ports> {
                 }
                 channel
             }
+            PortPlace::Redirect {} => {
+                let mut redirect = json!({"driver": "usb-redir", "id": device, "chardev": id});
+                if let Some(filter) = filter {
+                    redirect["filter"] = filter.into();
+                }
+                all.on_usb = true;
+                redirect
+            }
+            PortPlace::Smartcard {} => {
+                all.on_usb = true;
+                all.options.push(("-device", json!({"driver": "usb-ccid", "id": "ccid"}).to_string()));
+                json!({"driver": "ccid-card-passthru", "id": device, "chardev": id, "bus": "ccid.0"})
+            }
+            PortPlace::Random {} => {
+                let numbers = json!({"qom-type": "rng-egd", "id": format!("{id}-numbers"), "chardev": id});
+                all.options.push(("-object", numbers.to_string()));
+                all.random
+                    .push(json!({"driver": "virtio-rng-pci", "id": device, "rng": format!("{id}-numbers")}));
+                continue;
+            }
         };
         all.options.push(("-device", device.to_string()));
     }
@@ -140,7 +167,7 @@ pub(crate) fn descriptors(guest: &ResolvedGuest, lines: &[LineSpec]) -> Result<V
         let unopened = || Error::internal("a port of the guest was not opened", &line.name);
         let opened = guest.ports.get(&line.name);
         match &line.device.to {
-            PortEnd::Null {} | PortEnd::Screen {} | PortEnd::Agent { .. } => {}
+            PortEnd::Null {} | PortEnd::Screen {} | PortEnd::Agent { .. } | PortEnd::Spice {} => {}
             PortEnd::Stream {} => {
                 all.push((number, launch::listen(&guest.state_dir, &socket(checked(line)?))?))
             }
@@ -203,7 +230,7 @@ mod tests {
     }
 
     fn text(lines: &[LineSpec]) -> String {
-        let ports = options(lines).unwrap();
+        let ports = options(lines, false, None).unwrap();
         let sets = ports.sets.iter().map(|(set, fd, name)| format!("{set}={fd} {name}\n"));
         let options = ports.options.iter().map(|(option, value)| format!("{option} {value}\n"));
         sets.chain(options).collect()
@@ -250,14 +277,44 @@ mod tests {
 -device {"driver":"virtserialport","bus":"serial0.0","nr":9,"id":"port-h-device","chardev":"port-h","name":"com.redhat.spice.0"}
 "#;
         assert_eq!(text(&lines), wanted);
-        assert!(!options(&lines).unwrap().first_serial);
+        assert!(!options(&lines, false, None).unwrap().first_serial);
         let first = line("s", PortPlace::Serial { number: 0 }, PortEnd::Null {});
-        assert!(options(&[first]).unwrap().first_serial);
+        assert!(options(&[first], false, None).unwrap().first_serial);
         let many: Vec<_> = (0..11)
             .map(|n| line(&format!("c{n}"), PortPlace::Console { number: n }, PortEnd::Null {}))
             .collect();
-        assert_eq!(options(&many).unwrap_err().field.as_deref(), Some("devices.c10.port"));
-        options(&many[..10]).unwrap();
+        assert_eq!(options(&many, false, None).unwrap_err().field.as_deref(), Some("devices.c10.port"));
+        options(&many[..10], false, None).unwrap();
+    }
+
+    #[test]
+    fn devices_of_others_are_behind_their_ends() {
+        let unix = || PortEnd::Unix { path: "/y".into(), listen: false };
+        let lines = [
+            line("r", PortPlace::Redirect {}, unix()),
+            line("s", PortPlace::Smartcard {}, PortEnd::Spice {}),
+            line("n", PortPlace::Random {}, unix()),
+        ];
+        let of = |spice: bool, filter: Option<&str>| options(&lines, spice, filter).unwrap();
+        let ports = of(true, Some("-1:-1:-1:-1:0"));
+        let text: Vec<_> = ports.options.iter().map(|(option, value)| format!("{option} {value}")).collect();
+        assert_eq!(
+            text,
+            [
+                "-chardev socket,id=port-r,fd=300",
+                r#"-device {"driver":"usb-redir","id":"port-r-device","chardev":"port-r","filter":"-1:-1:-1:-1:0"}"#,
+                "-chardev spicevmc,id=port-s,name=smartcard",
+                r#"-device {"driver":"usb-ccid","id":"ccid"}"#,
+                r#"-device {"driver":"ccid-card-passthru","id":"port-s-device","chardev":"port-s","bus":"ccid.0"}"#,
+                "-chardev socket,id=port-n,fd=304",
+                r#"-object {"qom-type":"rng-egd","id":"port-n-numbers","chardev":"port-n"}"#,
+            ]
+        );
+        assert_eq!(ports.random[0]["rng"], "port-n-numbers");
+        assert!(ports.on_usb && !options(&lines[2..], false, None).unwrap().on_usb);
+        let without = of(false, None);
+        assert!(without.options.iter().any(|(_, value)| value == "null,id=port-s"));
+        assert!(!without.options.iter().any(|(_, value)| value.contains("filter")));
     }
 
     #[test]
@@ -273,9 +330,13 @@ mod tests {
     fn nothing_slips_a_property_in() {
         for bad in ["", "a,path=/etc/shadow", "../a", "a/b", "a b", "a=b"] {
             let lines = [line(bad, PortPlace::Serial { number: 1 }, PortEnd::Stream {})];
-            assert_eq!(options(&lines).unwrap_err().field, Some(format!("devices.{bad}")), "{bad:?}");
+            assert_eq!(
+                options(&lines, false, None).unwrap_err().field,
+                Some(format!("devices.{bad}")),
+                "{bad:?}"
+            );
             let channel = PortPlace::Channel { name: Some(bad.into()) };
-            let e = options(&[line("a", channel, PortEnd::Null {})]).unwrap_err();
+            let e = options(&[line("a", channel, PortEnd::Null {})], false, None).unwrap_err();
             assert_eq!(e.field.as_deref(), Some("devices.a.name"), "{bad:?}");
         }
     }

@@ -6,7 +6,7 @@ use karst_model::{
     board::Board,
     device::{
         Device, Devices, DiskBus, DiskDevice, DiskOrigin, HostDevice, KernelDevice, NicDevice, NodeDevice,
-        NodeOrigin, PortDevice, PortPlace, ProxyDevice, RootDevice, UsbHostDevice, VIRTIO_PORTS,
+        NodeOrigin, PortDevice, PortEnd, PortPlace, ProxyDevice, RootDevice, UsbHostDevice, VIRTIO_PORTS,
     },
     instance::{DeviceIdentity, Hardware, Instance, InstanceKind},
     keys, keys_machine,
@@ -145,9 +145,12 @@ fn demand_tags(disks: &[(String, DiskDevice)]) -> Result<()> {
 fn demand_places(ports: &[(String, PortDevice)]) -> Result<()> {
     let mut places: BTreeMap<&PortPlace, &String> = BTreeMap::new();
     for (name, port) in ports {
-        let unnamed = port.place == PortPlace::Channel { name: None };
-        if let Some(other) = places.insert(&port.place, name).filter(|_| !unnamed) {
-            let key = if port.place.number().is_some() { "number" } else { "name" };
+        if let Some(other) = places.insert(&port.place, name).filter(|_| !port.place.may_repeat()) {
+            let key = match &port.place {
+                PortPlace::Channel { .. } => "name",
+                place if place.number().is_some() => "number",
+                _ => "port",
+            };
             let text = format!("the ports {other:?} and {name:?} are the same to the guest");
             return Err(Error::invalid(format!("devices.{name}.{key}"), text));
         }
@@ -550,6 +553,11 @@ pub fn guest_spec(
     demand_threads(instance.kind, &parsed, &iothreads)?;
     if instance.kind == InstanceKind::VirtualMachine {
         Screens::of(config)?.demand_served(config)?;
+        let viewer = parsed.ports.iter().find(|(_, port)| port.to == (PortEnd::Spice {}));
+        if let Some((name, _)) = viewer.filter(|_| !keys_machine::spice(config)) {
+            let text = "nobody looks at the screen by SPICE; set hardware.spice=true";
+            return Err(Error::invalid(format!("devices.{name}.to"), text));
+        }
     }
     let machine = match (&instance.hardware, instance.kind) {
         (Some(h), InstanceKind::VirtualMachine) => Some(MachineSpec {

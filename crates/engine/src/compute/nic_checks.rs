@@ -10,7 +10,7 @@ use super::{
 use crate::{EngineInner, Records, db::Tx};
 use karst_model::{
     Error, ProfileId, ProjectId, Result,
-    device::{NicDevice, NicKind, PortEnd},
+    device::{HostDevice, NicDevice, NicKind, PortEnd},
     instance::Instance,
     network::BridgeSpec,
     spec::NetworkHost,
@@ -63,7 +63,11 @@ pub(crate) fn demand_own(instance: &Instance, parsed: &ParsedDevices) -> Result<
     }
     for (device, port) in parsed.ports.iter().filter(|(device, _)| foreign(device)) {
         let key = match &port.to {
-            PortEnd::Stream {} | PortEnd::Null {} | PortEnd::Screen {} | PortEnd::Agent { .. } => {
+            PortEnd::Stream {}
+            | PortEnd::Null {}
+            | PortEnd::Screen {}
+            | PortEnd::Agent { .. }
+            | PortEnd::Spice {} => {
                 if port.log.is_none() {
                     continue;
                 }
@@ -73,6 +77,12 @@ pub(crate) fn demand_own(instance: &Instance, parsed: &ParsedDevices) -> Result<
         };
         let text = "a port that leads to a path or an address of the host is a device of the instance itself and of no profile";
         return Err(Error::invalid(format!("devices.{device}.{key}"), text));
+    }
+    let input =
+        |(device, given): &&(String, HostDevice)| matches!(given, HostDevice::Input(_)) && foreign(device);
+    if let Some((device, _)) = parsed.given.iter().find(input) {
+        let text = "a device of input of the host is a device of the instance itself and of no profile";
+        return Err(Error::invalid(format!("devices.{device}.source"), text));
     }
     Ok(())
 }

@@ -115,3 +115,39 @@ async fn a_device_that_is_attached_gets_a_controller() {
     define(&mut client, &text).await.unwrap();
     assert_eq!(dump(&mut client, "v1", CONFIG).await, text);
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn devices_of_others_are_ports_and_a_filter_is_a_key() {
+    let server = Server::start().await;
+    let mut client = server.open("full", "qemu:///system").await;
+    let redirected = "<redirdev bus='usb' type='unix'><source mode='bind' path='/run/redirect'/><protocol type='raw'/></redirdev>";
+    let numbers = "<rng model='virtio'><backend model='egd' type='tcp'><source mode='connect' host='127.0.0.1' service='708'/>\
+        <protocol type='raw'/></backend></rng>";
+    let card = "<smartcard mode='passthrough' type='spicevmc'/>";
+    let filter = "<redirfilter><usbdev class='0x08' allow='no'/><usbdev allow='yes'/></redirfilter>";
+    let refused = define(&mut client, &machine(card)).await.unwrap_err();
+    assert!(refused.1.contains("smartcard: there is no screen of type spice"), "{}", refused.1);
+    let all = [redirected, numbers, card, filter, "<graphics type='spice'/>"].concat();
+    define(&mut client, &machine(&all)).await.unwrap();
+    let admin = Context::new(Principal::system());
+    let view = server.engine.instance(&admin, "default", "v1").unwrap();
+    let port = |name: &str| view.instance.devices[name]["to"].clone();
+    assert_eq!([port("redirect0"), port("random0"), port("smartcard0")], ["unix", "tcp", "spice"]);
+    let rules = "0x08:-1:-1:-1:0|-1:-1:-1:-1:1";
+    assert_eq!(view.instance.config.get("hardware.usb.filter").map(String::as_str), Some(rules));
+    let text = dump(&mut client, "v1", CONFIG).await;
+    for name in ["redirfilter", "smartcard"] {
+        assert_eq!(text.matches(&format!("<{name}")).count(), 1, "{text}");
+    }
+    assert!(
+        text.contains("<backend model='egd' type='tcp'>") && text.contains("path='/run/redirect'"),
+        "{text}"
+    );
+    define(&mut client, &text).await.unwrap();
+    assert_eq!(dump(&mut client, "v1", CONFIG).await, text);
+    // A document without them takes them away.
+    define(&mut client, &machine("")).await.unwrap();
+    let view = server.engine.instance(&admin, "default", "v1").unwrap();
+    assert!(!view.instance.devices.contains_key("redirect0"));
+    assert_eq!(view.instance.config.get("hardware.usb.filter").filter(|v| !v.is_empty()), None);
+}

@@ -36,6 +36,9 @@ pub const CELLS: &str = "How the memory of single nodes is had of the host, wher
 pub const PLACEMENT: &str = "What the host chooses its own nodes for at each start, those with the most free memory: cpu, memory or both.";
 /// `hardware.numa.policy`.
 pub const POLICY: &str = "How memory keeps to the nodes of limits.memory.nodes, or to those that are chosen: bind, preferred or interleave.";
+/// `hardware.usb.filter`.
+pub const USB_FILTER: &str = "Which devices on USB of a viewer's, or of who is at a port, are taken: rules CLASS:VENDOR:PRODUCT:VERSION:ALLOW, \
+    of which the first that fits counts, such as 0x08:-1:-1:-1:1|-1:-1:-1:-1:0. Without any all are.";
 /// `hardware.rng`.
 pub const RNG: &str = "Where random numbers come from, each plain, or of rate=BYTES/MILLISECONDS, iommu, ats, packed, \
     page-per-queue, as in plain,rate=1024/1000+iommu.";

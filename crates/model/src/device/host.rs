@@ -102,6 +102,37 @@ pub fn usb_port(text: &str) -> Option<(u32, String)> {
     Some((bus.parse().ok().filter(|_| good)?, port.to_owned()))
 }
 
+/// Rules by which devices on USB of others are taken: `CLASS:VENDOR:PRODUCT:VERSION:ALLOW` each, the first that fits counts, -1 is any.
+/// Of the form that usbredir has for them.
+///
+/// # Errors
+/// Invalid, naming `field`.
+pub fn usb_filter(field: &str, text: &str) -> Result<String> {
+    let number = |part: &str, most: u32| match part.strip_prefix("0x") {
+        _ if part == "-1" => true,
+        Some(hex) => {
+            let digits = (1..=4).contains(&hex.len()) && hex.bytes().all(|b| b.is_ascii_hexdigit());
+            digits && u32::from_str_radix(hex, 16).is_ok_and(|n| n <= most)
+        }
+        None => false,
+    };
+    let rule = |rule: &str| match rule.split(':').collect::<Vec<_>>().as_slice() {
+        [class, vendor, product, version, allow] => {
+            number(class, 0xff)
+                && [vendor, product, version].iter().all(|part| number(part, 0xffff))
+                && ["0", "1"].contains(allow)
+        }
+        _ => false,
+    };
+    match text.len() <= 4096 && text.split('|').all(rule) {
+        true => Ok(text.to_owned()),
+        false => Err(Error::invalid(
+            field,
+            format!("{text:?}: write rules such as 0x08:0x1234:0xbeef:0x0100:1|-1:-1:-1:-1:0"),
+        )),
+    }
+}
+
 impl UsbHostDevice {
     pub(super) fn parse(keys: &Keys<'_>) -> Result<Self> {
         keys.known(&keys_of("usb"))?;
@@ -247,6 +278,24 @@ mod tests {
         ] {
             let e = parse("usb", pairs).unwrap_err();
             assert_eq!(e.field, Some(format!("devices.d.{field}")), "{pairs:?}: {e}");
+        }
+    }
+
+    #[test]
+    fn filters_have_one_form() {
+        for good in ["-1:-1:-1:-1:0", "0x08:0x15E1:0x2007:0x0110:1|-1:-1:-1:-1:0"] {
+            assert_eq!(usb_filter("f", good).as_deref(), Ok(good));
+        }
+        for bad in [
+            "",
+            "1",
+            "8:-1:-1:-1:1",
+            "0x100:-1:-1:-1:1",
+            "-1:-1:-1:-1:yes",
+            "-1:-1:-1:-1:1,x=y",
+            "-1:0x:-1:-1:1",
+        ] {
+            assert_eq!(usb_filter("f", bad).unwrap_err().field.as_deref(), Some("f"), "{bad}");
         }
     }
 

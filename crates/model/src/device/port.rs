@@ -51,6 +51,12 @@ pub enum PortPlace {
         #[serde(default, skip_serializing_if = "Option::is_none")]
         name: Option<String>,
     },
+    /// A device on USB of who is at the other end, who speaks usbredir.
+    Redirect {},
+    /// A reader of smart cards, with the card of who is at the other end.
+    Smartcard {},
+    /// Random numbers of who is at the other end, who speaks EGD.
+    Random {},
 }
 
 impl PortPlace {
@@ -62,14 +68,31 @@ impl PortPlace {
             Self::Console { .. } => "console",
             Self::Debug {} => "debug",
             Self::Channel { .. } => "channel",
+            Self::Redirect {} => "redirect",
+            Self::Smartcard {} => "smartcard",
+            Self::Random {} => "random",
         }
+    }
+
+    /// May several of a machine's be the same to its guest?
+    pub fn may_repeat(&self) -> bool {
+        matches!(self, Self::Channel { name: None } | Self::Redirect {} | Self::Random {})
+    }
+
+    /// Is it a device whose other end speaks of it, and no port that bytes go through?
+    pub fn is_device(&self) -> bool {
+        matches!(self, Self::Redirect {} | Self::Smartcard {} | Self::Random {})
     }
 
     /// The number, of those that have one.
     pub fn number(&self) -> Option<u32> {
         match self {
             Self::Serial { number } | Self::Parallel { number } | Self::Console { number } => Some(*number),
-            Self::Debug {} | Self::Channel { .. } => None,
+            Self::Debug {}
+            | Self::Channel { .. }
+            | Self::Redirect {}
+            | Self::Smartcard {}
+            | Self::Random {} => None,
         }
     }
 
@@ -105,6 +128,8 @@ pub enum PortEnd {
         /// The agent is told where the pointer is.
         mouse: bool,
     },
+    /// Whoever looks at the screen by SPICE (smart cards).
+    Spice {},
     /// A file of the host.
     File(PortFile),
     /// A device of the host, such as a serial port of its own.
@@ -138,6 +163,7 @@ impl PortEnd {
             Self::Null {} => "null",
             Self::Screen {} => "screen",
             Self::Agent { .. } => "agent",
+            Self::Spice {} => "spice",
             Self::File(_) => "file",
             Self::Device { .. } => "device",
             Self::Unix { .. } => "unix",
@@ -166,29 +192,38 @@ pub const PORT_KEYS: &[(&str, &str)] = &[
     ("path", "`file`, `device`, `unix`: a path of the host. Granted by its policy (`port_paths`)."),
     (
         "port",
-        "What the guest sees: `serial`, `parallel`, `console` (of virtio), `channel` (of virtio), `debug` (what firmware writes to 0x402).",
+        "What the guest sees: `serial`, `parallel`, `console` (of virtio), `channel` (of virtio), `debug` (what firmware writes to 0x402); or a device of who is at the other end: `redirect` (on USB, by usbredir), `smartcard`, `random` (numbers, by EGD).",
     ),
     ("protocol", "`tcp`: `raw` (the default) or `telnet`."),
     (
         "to",
-        "What is at the other end: `stream` (who attaches by the API; the default), `null`, `screen`, `agent` (of the channel `com.redhat.spice.0`), `file`, `device`, `unix`, `tcp`.",
+        "What is at the other end: `stream` (who attaches by the API; the default), `null`, `screen`, `agent` (of the channel `com.redhat.spice.0`), `file`, `device`, `unix`, `tcp`; `spice` (who looks at the screen by it) of a `smartcard`.",
     ),
 ];
 
 /// The channel of the agent of SPICE's guests.
 const AGENT: &str = "com.redhat.spice.0";
-const ENDS: &[&str] = &["stream", "null", "screen", "agent", "file", "device", "unix", "tcp"];
+const ENDS: &[&str] = &["stream", "null", "screen", "agent", "spice", "file", "device", "unix", "tcp"];
 
 impl PortDevice {
     pub(super) fn parse(keys: &Keys<'_>) -> Result<Self> {
         let known: Vec<&str> = PORT_KEYS.iter().map(|(k, _)| *k).chain(["type"]).collect();
         keys.known(&known)?;
-        let kinds = [("serial", 0), ("parallel", 1), ("console", 2), ("channel", 3), ("debug", 4)];
+        let kinds = [
+            ("serial", 0),
+            ("parallel", 1),
+            ("console", 2),
+            ("channel", 3),
+            ("redirect", 4),
+            ("smartcard", 5),
+            ("random", 6),
+            ("debug", 7),
+        ];
         let kind = keys.one_of("port", &kinds)?;
         let kind = kind.ok_or_else(|| {
             Error::invalid(
                 keys.field("port"),
-                "say what the guest sees: serial, parallel, console, channel or debug",
+                "say what the guest sees: serial, parallel, console, channel, debug, redirect, smartcard or random",
             )
         })?;
         let number = |most: u32| {
@@ -203,6 +238,9 @@ impl PortDevice {
             1 => PortPlace::Parallel { number: number(PARALLEL_PORTS)? },
             2 => PortPlace::Console { number: number(32)? },
             3 => PortPlace::Channel { name: channel(keys)? },
+            4 => PortPlace::Redirect {},
+            5 => PortPlace::Smartcard {},
+            6 => PortPlace::Random {},
             _ => PortPlace::Debug {},
         };
         if place.number().is_none() && keys.get("number").is_some() {
@@ -225,6 +263,21 @@ impl PortDevice {
             let text = "parallel ports of the host are not given to guests; use a file, a socket or a stream";
             return Err(Error::unsupported(text).at(keys.field("to")));
         }
+        let spoken =
+            matches!(to, PortEnd::Stream {} | PortEnd::Unix { .. } | PortEnd::Tcp { telnet: false, .. });
+        let viewer = to == (PortEnd::Spice {});
+        if place.is_device() && !spoken && !(viewer && place == (PortPlace::Smartcard {})) {
+            let text =
+                "who is at the other end speaks: stream, unix and tcp are possible, and spice of a smartcard";
+            return Err(Error::invalid(keys.field("to"), text));
+        }
+        if viewer && !place.is_device() {
+            let text = "who looks at the screen by SPICE is at the other end of a smartcard; use stream";
+            return Err(Error::invalid(keys.field("to"), text));
+        }
+        if place.is_device() && keys.get("log").is_some() {
+            return Err(Error::invalid(keys.field("log"), "what is said of a device is not written down"));
+        }
         let log = match keys.get("log") {
             None if keys.get("log.append").is_some() => {
                 return Err(Error::invalid(keys.field("log.append"), "there is no log"));
@@ -244,7 +297,7 @@ impl PortDevice {
         }
         let mode = |listen: bool| ("mode", if listen { "listen" } else { "connect" }.to_owned());
         match &self.to {
-            PortEnd::Stream {} | PortEnd::Null {} | PortEnd::Screen {} => {}
+            PortEnd::Stream {} | PortEnd::Null {} | PortEnd::Screen {} | PortEnd::Spice {} => {}
             PortEnd::Agent { clipboard, mouse } => {
                 all.extend(clipboard.then(|| ("clipboard", "true".to_owned())));
                 all.extend((!mouse).then(|| ("mouse", "false".to_owned())));
@@ -323,6 +376,7 @@ fn end(keys: &Keys<'_>) -> Result<PortEnd> {
             clipboard: keys.boolean("clipboard")?,
             mouse: keys.get("mouse").is_none() || keys.boolean("mouse")?,
         },
+        "spice" => PortEnd::Spice {},
         "file" => PortEnd::File(PortFile { path: path(keys, "path")?, append: keys.boolean("append")? }),
         "device" => PortEnd::Device { path: path(keys, "path")? },
         "unix" => PortEnd::Unix { path: path(keys, "path")?, listen: listen()? },
@@ -374,6 +428,9 @@ mod tests {
                 ("mouse", "false"),
             ],
             &[("port", "parallel"), ("to", "file"), ("path", "/var/p"), ("append", "true")],
+            &[("port", "redirect"), ("to", "unix"), ("path", "/run/x"), ("mode", "connect")],
+            &[("port", "smartcard"), ("to", "spice")],
+            &[("port", "random"), ("to", "tcp"), ("address", "127.0.0.1:708"), ("mode", "connect")],
             &[("port", "console"), ("number", "2"), ("to", "null"), ("log", "/var/l"), ("log.append", "yes")],
             &[
                 ("port", "channel"),

@@ -7,8 +7,11 @@ use crate::{
 };
 use karst_guest::DiskFormat;
 use karst_model::{
-    device::{Device, HostDevice, NicModel, PARALLEL_PORTS, SERIAL_PORTS, VIRTIO_PORTS},
-    spec::GivenSpec,
+    device::{
+        Device, HostDevice, NicModel, PARALLEL_PORTS, PortDevice, PortEnd, PortPlace, SERIAL_PORTS,
+        VIRTIO_PORTS,
+    },
+    spec::{GivenSpec, LineSpec},
     threads::IoThread,
 };
 
@@ -319,6 +322,31 @@ fn devices_of_the_host_have_a_controller_and_come_after_the_ports_that_they_are_
         ports: None,
     });
     assert!(!lines(&m).contains(controller), "it has one");
+}
+
+#[test]
+fn devices_behind_ports_are_after_what_they_are_at() {
+    let mut m = machine();
+    let line = |name: &str, place: PortPlace, to: PortEnd| LineSpec {
+        name: name.into(),
+        device: PortDevice { place, to, log: None },
+    };
+    let usual = lines(&m);
+    assert!(!usual.contains("qemu-xhci") && usual.matches("virtio-rng-pci").count() == 1, "{usual}");
+    m.spec.lines = vec![
+        line("numbers", PortPlace::Random {}, PortEnd::Stream {}),
+        line("stick", PortPlace::Redirect {}, PortEnd::Stream {}),
+    ];
+    m.spec.board.usb_filter = Some("0x08:-1:-1:-1:0".into());
+    let text = lines(&m);
+    let at = |what: &str| text.find(what).unwrap_or_else(|| panic!("{what}: {text}"));
+    assert!(at(r#""driver":"qemu-xhci""#) < at(r#""driver":"usb-redir""#));
+    assert!(text.contains(r#""chardev":"port-stick","filter":"0x08:-1:-1:-1:0""#), "{text}");
+    assert!(at(r#""qom-type":"rng-egd""#) < at(r#""rng":"port-numbers-numbers""#));
+    assert!(text.contains(r#""rng":"rng0","multifunction":true"#), "there is one beside it: {text}");
+    // With SPICE its own devices are taken by the same filter.
+    m.spice = true;
+    assert_eq!(lines(&m).matches(r#""filter":"0x08:-1:-1:-1:0""#).count(), 4);
 }
 
 #[test]

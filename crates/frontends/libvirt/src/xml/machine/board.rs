@@ -2,7 +2,7 @@
 //! screens, a watchdog, what tells of a panic, the layout of processors and memory. What it says in a way that QEMU is not told
 //! is refused by name.
 
-use super::{hostdevs, nodes, parts, refuse, tuning, wrong};
+use super::{hostdevs, nodes, parts, plugs, refuse, tuning, wrong};
 use crate::{error::VirError, xml::Element};
 use karst_model::{
     ByteSize,
@@ -160,6 +160,7 @@ fn demand_sense(board: &Board) -> Result<(), VirError> {
             ("iommu", "iommu"),
             ("video.render", "graphics gl"),
             ("video", "video"),
+            ("usb.filter", "redirfilter"),
             ("usb", "controller"),
             ("sound", "sound"),
             ("input", "input"),
@@ -419,7 +420,12 @@ pub fn devices(all: &[Element]) -> Result<Board, VirError> {
                     return Err(refuse("iommu", "a machine has one"));
                 }
             }
+            "rng" if plugs::is(e) => {}
             "rng" => board.rngs.push(parts::rng(e)?),
+            "redirfilter" if board.usb_filter.is_some() => {
+                return Err(refuse("redirfilter", "a machine has one"));
+            }
+            "redirfilter" => board.usb_filter = Some(plugs::filter(e)?),
             "memory" => board.modules.push(nodes::module(e)?),
             "memballoon" => {
                 board.balloon_deflates = e.attribute("autodeflate") == Some("on");
@@ -438,7 +444,8 @@ pub fn devices(all: &[Element]) -> Result<Board, VirError> {
     // What has no master of its own number belongs to the one before it; masters come before their companions.
     controllers.sort_by_key(|(index, companion, _)| (*index, *companion));
     board.usb = controllers.into_iter().map(|(.., one)| one).collect();
-    if board.usb.is_empty() && (!board.usb_devices.is_empty() || all.iter().any(hostdevs::is_usb)) {
+    let on_usb = |e: &Element| hostdevs::is_usb(e) || plugs::is(e) && e.name() != "rng";
+    if board.usb.is_empty() && (!board.usb_devices.is_empty() || all.iter().any(on_usb)) {
         // As QEMU's machines have it.
         board.usb.push(UsbController { model: UsbModel::Piix3Uhci, ports: None });
     }
@@ -501,8 +508,19 @@ fn controller(e: &Element) -> Result<Option<UsbController>, VirError> {
 }
 
 /// The classes of devices that are the board's.
-const CLASSES: &[&str] =
-    &["controller", "hub", "input", "sound", "video", "watchdog", "panic", "iommu", "rng", "memory"];
+const CLASSES: &[&str] = &[
+    "controller",
+    "hub",
+    "input",
+    "sound",
+    "video",
+    "watchdog",
+    "panic",
+    "iommu",
+    "rng",
+    "memory",
+    "redirfilter",
+];
 
 /// Is a device of a document held by the board?
 pub fn holds(e: &Element) -> bool {
@@ -546,6 +564,9 @@ pub fn stale(kept: &[Element], now: &Board) -> Vec<&'static str> {
     }
     if was.modules != now.modules {
         stale.push("memory");
+    }
+    if was.usb_filter != now.usb_filter {
+        stale.push("redirfilter");
     }
     stale
 }
@@ -623,6 +644,9 @@ pub fn shown(board: &Board, classes: &[&str]) -> Vec<Element> {
     let rngs = if board.rngs.is_empty() { &usual[..] } else { &board.rngs };
     all.extend(rngs.iter().filter(|_| wanted("rng")).map(parts::shown_rng));
     all.extend(board.modules.iter().filter(|_| wanted("memory")).map(nodes::shown_module));
+    all.extend(
+        board.usb_filter.iter().filter(|_| wanted("redirfilter")).map(|text| plugs::shown_filter(text)),
+    );
     all
 }
 

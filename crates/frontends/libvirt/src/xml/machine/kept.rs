@@ -6,7 +6,7 @@
 //! The tools of libvirt write some things unasked (a sound card, ports for USB over SPICE, the model of the screen). Those
 //! are kept: a guest without them does what it does, and the tools stay usable.
 
-use super::{board, hostdevs, ports, refuse, shares};
+use super::{board, hostdevs, plugs, ports, refuse, shares};
 use crate::{error::VirError, xml::Element};
 
 /// What is done with an element or attribute.
@@ -343,7 +343,12 @@ const DEVICES: &[Row] = &[
     ),
     ("audio", When(|e| is(e, "type", &["none", "spice"])), "sound goes nowhere"),
     ("sound", Kept, ""),
-    ("redirdev", When(|e| is(e, "type", &["spicevmc"])), "USB devices of others are not reached"),
+    // Those that are not SPICE's are looked at by `plugs`, and so is the filter by `board`.
+    (
+        "redirdev",
+        When(|e| plugs::is(e) || is(e, "type", &["spicevmc"]) && e.find("boot").is_none()),
+        "no machine boots from what a viewer has on USB",
+    ),
     ("redirfilter", Kept, ""),
     ("memballoon", When(balloon), "there is the one of virtio, or none"),
     ("rng", When(rng), "is one of virtio on /dev/urandom"),
@@ -365,7 +370,8 @@ const DEVICES: &[Row] = &[
     ("vsock", Never, "sockets between guest and host are not there"),
     // What is in it is looked at by `parts`.
     ("iommu", Kept, ""),
-    ("smartcard", Never, "is not there"),
+    // What is in it is looked at by `plugs`.
+    ("smartcard", Kept, ""),
     ("hub", When(|e| is(e, "type", &["usb"])), "is one of usb"),
     ("pstore", Never, "is not there"),
     // What is in it is looked at by `hostdevs`.
@@ -405,6 +411,8 @@ fn controller(e: &Element) -> bool {
                     "vmpvscsi",
                 ],
             ),
+            // It comes with its card, which `plugs` looks at.
+            Some("ccid") => is(e, "index", &["0"]),
             _ => false,
         }
 }
@@ -462,10 +470,12 @@ fn rng(e: &Element) -> bool {
     let backend = e.find("backend");
     is(e, "model", &["virtio", "virtio-non-transitional"])
         && virtio(e, true)
-        && backend.is_none_or(|b| {
-            is(b, "model", &["random", "builtin"])
-                && matches!(b.body().trim(), "" | "/dev/urandom" | "/dev/random")
-        })
+        // Numbers of others are looked at by `plugs`.
+        && (plugs::is(e)
+            || backend.is_none_or(|b| {
+                is(b, "model", &["random", "builtin"])
+                    && matches!(b.body().trim(), "" | "/dev/urandom" | "/dev/random")
+            }))
 }
 
 /// What is in a `<disk>`.
@@ -703,7 +713,7 @@ pub fn device(e: &Element) -> Result<(), VirError> {
     match e.name() {
         "disk" => disk(e),
         "interface" => interface(e),
-        name if ports::ELEMENTS.contains(&name) => ports::check(e),
+        _ if ports::is(e) => ports::check(e),
         shares::ELEMENT => shares::read(e).map(drop),
         _ if hostdevs::is(e) => hostdevs::read(e).map(drop),
         _ => Ok(()),

@@ -14,6 +14,7 @@ pub mod nodes;
 pub mod options;
 pub mod parts;
 pub mod places;
+pub mod plugs;
 pub mod ports;
 pub mod processor;
 pub mod read;

@@ -1,7 +1,7 @@
 //! Serial and parallel ports, consoles and channels, both ways: devices of the type `port`, beside those that each machine has (its
 //! console, which is the serial port 0 unless a document leads that elsewhere, and the channels of its agents).
 
-use super::{refuse, wrong};
+use super::{plugs, refuse, wrong};
 use crate::{error::VirError, xml::Element};
 use karst_model::device::{PARALLEL_PORTS, PortDevice, PortEnd, PortFile, PortPlace, SERIAL_PORTS};
 use std::{
@@ -21,6 +21,11 @@ const AGENT_OF_QEMU: &str = "qemu-vdagent";
 const DEBUG: u32 = 0x402;
 /// Addresses and interrupts of serial ports, which have always been there.
 const ISA: [(u32, u32); SERIAL_PORTS as usize] = [(0x3f8, 4), (0x2f8, 3), (0x3e8, 4), (0x2e8, 3)];
+
+/// Is it an element of a port, or of a device behind one?
+pub fn is(e: &Element) -> bool {
+    ELEMENTS.contains(&e.name()) || plugs::is(e)
+}
 
 /// A port, with the name that its device gets.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -80,7 +85,7 @@ fn agent(e: &Element) -> Result<PortEnd, VirError> {
 ///
 /// # Errors
 /// XML error; CONFIG_UNSUPPORTED, naming the element.
-fn end(e: &Element) -> Result<(PortEnd, Option<PortFile>), VirError> {
+pub(super) fn end(e: &Element) -> Result<(PortEnd, Option<PortFile>), VirError> {
     let name = e.name();
     let source = e.find("source");
     if e.attribute("type") == Some(AGENT_OF_QEMU) {
@@ -222,6 +227,9 @@ pub fn is_own(channel: &Element) -> bool {
 /// # Errors
 /// XML error; CONFIG_UNSUPPORTED, naming the element.
 pub fn check(e: &Element) -> Result<(), VirError> {
+    if plugs::is(e) {
+        return plugs::read(e).map(drop);
+    }
     let known: &[&str] = match e.name() {
         "serial" => &["isa-serial", "isa-debug"],
         "parallel" => &[],
@@ -339,6 +347,7 @@ pub fn read(devices: &[Element]) -> Result<Vec<Port>, VirError> {
         }
         add(place, e)?;
     }
+    ports.extend(plugs::all(devices)?.into_iter().map(|(name, device)| Port { name, device }));
     Ok(ports)
 }
 
@@ -354,11 +363,15 @@ pub fn holds(devices: &[Element], now: &[(String, PortDevice)]) -> bool {
 
 /// A port that no document is kept of.
 pub fn shown(port: &PortDevice) -> Element {
+    if port.place.is_device() {
+        return plugs::shown(port);
+    }
     let kind = match &port.to {
         PortEnd::Stream {} => "pty",
         PortEnd::Null {} => "null",
         PortEnd::Screen {} => "vc",
         PortEnd::Agent { .. } => AGENT_OF_QEMU,
+        PortEnd::Spice {} => "spicevmc",
         PortEnd::File(_) => "file",
         PortEnd::Device { .. } => "dev",
         PortEnd::Unix { .. } => "unix",
@@ -371,7 +384,7 @@ pub fn shown(port: &PortDevice) -> Element {
     let mut e = Element::new(name).with("type", kind);
     let source = || Element::new("source");
     match &port.to {
-        PortEnd::Stream {} | PortEnd::Null {} | PortEnd::Screen {} => {}
+        PortEnd::Stream {} | PortEnd::Null {} | PortEnd::Screen {} | PortEnd::Spice {} => {}
         PortEnd::Agent { clipboard, mouse } => {
             let clipboard =
                 Element::new("clipboard").with("copypaste", if *clipboard { "yes" } else { "no" });
@@ -397,6 +410,8 @@ pub fn shown(port: &PortDevice) -> Element {
         PortPlace::Parallel { number } => target.with("port", number),
         PortPlace::Console { number } => target.with("type", "virtio").with("port", number),
         PortPlace::Channel { name } => target.with("type", "virtio").with_some("name", name.as_ref()),
+        // Shown above.
+        PortPlace::Redirect {} | PortPlace::Smartcard {} | PortPlace::Random {} => target,
     });
     e
 }

@@ -229,6 +229,13 @@ pub fn machine(text: &str) -> Result<Machine, VirError> {
         // As QEMU's machines have it.
         all.board.usb.push(UsbController { model: UsbModel::Piix3Uhci, ports: None });
     }
+    let viewer = |port: &ports::Port| port.device.to == (PortEnd::Spice {});
+    if !all.spice && all.ports.iter().any(viewer) {
+        return Err(refuse(
+            "smartcard",
+            "there is no screen of type spice, whose viewer would have the card",
+        ));
+    }
     let there = |id: u32| all.tuning.iothreads.iter().any(|t| t.id == id);
     if let Some(id) = all.disks.iter().filter_map(|d| d.thread).find(|id| !there(*id)) {
         return Err(wrong(format!("Disk iothread '{id}' not defined in iothreadid")));

@@ -587,7 +587,7 @@ fn devices(shown: &Shown<'_>, opaque: &Opaque, on_board: &Board) -> Result<Eleme
         // Shown already, as they are.
         shares::ELEMENT => false,
         _ if hostdevs::is(e) => false,
-        name if ports::ELEMENTS.contains(&name) => same_ports,
+        _ if ports::is(e) => same_ports,
         name if board::holds(e) => !stale.contains(&name),
         _ => true,
     };

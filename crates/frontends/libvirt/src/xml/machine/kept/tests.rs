@@ -107,7 +107,7 @@ const SAMPLES: &[(&str, &str, &str, &str)] = &[
         "devices",
         "controller",
         "<controller type='usb' model='qemu-xhci' ports='15'/>",
-        "<controller type='ccid'/>",
+        "<controller type='ccid' index='1'/>",
     ),
     ("devices", "input", "<input type='tablet' bus='usb'/>", "<input type='joystick' bus='usb'/>"),
     ("devices", "input", "<input type='mouse' bus='virtio'/>", "<input type='tablet' bus='ps2'/>"),
@@ -129,7 +129,12 @@ const SAMPLES: &[(&str, &str, &str, &str)] = &[
     ),
     ("devices", "audio", "<audio id='1' type='none'/>", "<audio id='1' type='alsa'/>"),
     ("devices", "memory", "<memory model='dimm'/>", "<memory model='nvdimm'/>"),
-    ("devices", "redirdev", "<redirdev bus='usb' type='spicevmc'/>", "<redirdev bus='usb' type='tcp'/>"),
+    (
+        "devices",
+        "redirdev",
+        "<redirdev bus='usb' type='spicevmc'/>",
+        "<redirdev bus='usb' type='spicevmc'><boot order='2'/></redirdev>",
+    ),
     ("devices", "memballoon", "<memballoon model='none'/>", "<memballoon model='xen'/>"),
     (
         "devices",
@@ -154,7 +159,7 @@ const SAMPLES: &[(&str, &str, &str, &str)] = &[
         "devices",
         "rng",
         "<rng model='virtio'><backend model='random'>/dev/urandom</backend></rng>",
-        "<rng model='virtio'><backend model='egd' type='tcp'/></rng>",
+        "<rng model='virtio'><backend model='random'>/dev/hwrng</backend></rng>",
     ),
     (
         "devices",
