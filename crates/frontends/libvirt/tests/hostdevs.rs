@@ -85,6 +85,13 @@ async fn devices_of_the_host_are_defined_and_shown_and_never_plugged() {
     let twice = call(&mut client, "DOMAIN_ATTACH_DEVICE_FLAGS", |w| w.string(STICK).u32(CONFIG)).await;
     assert!(twice.unwrap_err().1.contains("already"));
     assert_eq!(devices(&server).len(), 4);
+    for alias in ["hostdev0", "given0"] {
+        call(&mut client, "DOMAIN_DETACH_DEVICE_ALIAS", |w| w.string(alias).u32(CONFIG)).await.unwrap();
+    }
+    assert_eq!(devices(&server).len(), 2);
+    for again in [STICK, MOUSE] {
+        call(&mut client, "DOMAIN_ATTACH_DEVICE_FLAGS", |w| w.string(again).u32(CONFIG)).await.unwrap();
+    }
 
     for (bad, word) in [
         (

@@ -11,7 +11,7 @@ use crate::{
 };
 use karst_model::{
     board::{UsbController, UsbModel},
-    device::DiskBus,
+    device::{DiskBus, HostDevice},
 };
 
 /// Is it such a device?
@@ -68,13 +68,11 @@ pub(super) fn attach(machine: &mut Machine, e: &Element) -> Result<(), VirError>
 pub(super) fn detach(machine: &mut Machine, e: &Element) -> Result<(), VirError> {
     if e.name() != shares::ELEMENT {
         let one = hostdevs::read(e)?;
-        let before = machine.given.len();
-        machine.given.retain(|had| !hostdevs::same(had, &one));
-        let is =
-            |e: &Element| hostdevs::is(e) && hostdevs::read(e).is_ok_and(|said| hostdevs::same(&said, &one));
-        machine.opaque.devices.retain(|e| !is(e));
-        return match machine.given.len() < before {
-            true => Ok(()),
+        return match machine.given.iter().any(|had| hostdevs::same(had, &one)) {
+            true => {
+                forget_device(machine, &one);
+                Ok(())
+            }
             false => Err(missing("the machine has no such device of the host".into())),
         };
     }
@@ -92,6 +90,14 @@ pub(super) fn detach(machine: &mut Machine, e: &Element) -> Result<(), VirError>
 pub(super) fn forget(machine: &mut Machine, tag: &str) {
     machine.filesystems.retain(|f| f.tag != tag);
     let is = |e: &Element| e.name() == shares::ELEMENT && tag_of(e).is_ok_and(|t| t == tag);
+    machine.opaque.devices.retain(|e| !is(e));
+}
+
+/// Takes a device of the host away, where it is there.
+pub(super) fn forget_device(machine: &mut Machine, device: &HostDevice) {
+    machine.given.retain(|had| !hostdevs::same(had, device));
+    let is =
+        |e: &Element| hostdevs::is(e) && hostdevs::read(e).is_ok_and(|said| hostdevs::same(&said, device));
     machine.opaque.devices.retain(|e| !is(e));
 }
 

@@ -19,7 +19,7 @@ use crate::{
     xdr::{Reader, Typed, Writer},
     xml::{
         self, Element,
-        machine::{Machine, iotune, read, refuse, shares, spec},
+        machine::{Machine, hostdevs, iotune, read, refuse, shares, spec},
     },
 };
 use karst_engine::{InstanceView, volumes::update::UpdateVolume};
@@ -280,6 +280,13 @@ pub async fn detach_alias(call: Call) -> Answered {
     let edit = |side: &Side<'_>, machine: &mut Machine| {
         let mut all = side.identities.iter();
         let found = all.find(|(name, i)| i.alias == alias && side.all_devices.contains_key(*name));
+        // Devices of the host that have no place of their own are called as they are named.
+        let named = found.map_or(&alias, |(name, _)| name);
+        if let Some(device) = side.all_devices.get(named).and_then(hostdevs::of) {
+            cold::demand_definition(affects, "hostdev")?;
+            cold::forget_device(machine, &device);
+            return Ok(());
+        }
         let (name, found) = found.ok_or_else(|| missing(format!("no device found with alias {alias}")))?;
         let tag = side.all_devices.get(name).and_then(|keys| shares::tag_of(name, keys, found));
         if let Some(tag) = &tag {

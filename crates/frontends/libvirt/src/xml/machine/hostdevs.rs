@@ -254,13 +254,17 @@ pub fn keys(device: &HostDevice) -> Keys {
     all.into_iter().map(|(key, value)| (key.to_owned(), value)).collect()
 }
 
-/// Brings the devices of a machine from what its document said to what it is to say; `expanded` are all that it has.
-pub fn change(devices: &mut Devices, expanded: &Devices, old: &[HostDevice], new: &[HostDevice]) {
-    let of = |keys: &Keys| match Device::parse("d", keys) {
+/// What a device of these keys is in the words of a document; nothing of others.
+pub fn of(keys: &Keys) -> Option<HostDevice> {
+    match Device::parse("d", keys) {
         Ok(Device::Usb(device)) => now(&HostDevice::Usb(device)),
         Ok(Device::Input(device)) => now(&HostDevice::Input(device)),
         _ => None,
-    };
+    }
+}
+
+/// Brings the devices of a machine from what its document said to what it is to say; `expanded` are all that it has.
+pub fn change(devices: &mut Devices, expanded: &Devices, old: &[HostDevice], new: &[HostDevice]) {
     let gone = |keys: &Keys| of(keys).is_some_and(|device| !new.contains(&device));
     for (name, _) in expanded.iter().filter(|(_, keys)| gone(keys)) {
         if devices.remove(name).is_none() {
