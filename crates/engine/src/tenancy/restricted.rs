@@ -294,6 +294,12 @@ fn device(rules: &ProjectRules, name: &str, keys: &std::collections::BTreeMap<St
             let low = "restricted.virtual-machines.lowlevel";
             Err(refusal(field("to"), low, "a port that leads to the host"))
         }
+        // What is typed and pointed at the host is nearer to it than a port.
+        "input" if may_listen(rules) => Ok(()),
+        "input" => {
+            let low = "restricted.virtual-machines.lowlevel";
+            Err(refusal(field("type"), low, "a device of input of the host"))
+        }
         other => {
             let restriction = format!("restricted.devices.{other}");
             match rules.restriction(&restriction) {
@@ -444,6 +450,9 @@ mod tests {
                 &[("type", "port"), ("port", "serial"), ("to", "tcp"), ("address", "::1")],
                 Some("devices.d.to"),
             ),
+            (&[("type", "disk"), ("tag", "t"), ("source", "/etc")], Some("devices.d.source")),
+            (&[("type", "usb"), ("vendorid", "046d")], Some("devices.d.type")),
+            (&[("type", "input"), ("source", "/dev/input/event3")], Some("devices.d.type")),
             (&[("type", "something-new")], Some("devices.d.type")),
             (&[("type", "none")], None),
         ] {
