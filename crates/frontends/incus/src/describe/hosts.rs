@@ -73,7 +73,7 @@ shapes! {
     FACTS "HostFacts" {
         "hostname": Text, "boot_id": Text, "architecture": Text, "kernel": Text, "os_name": Text,
         "os_version": Text, "accelerator": Object(&ACCELERATOR), "qemu": Nullable(&Text),
-        "lxc": Nullable(&Text), "default_machine": Nullable(&Text), "spice": Flag,
+        "lxc": Nullable(&Text), "default_machine": Nullable(&Text), "spice": Flag, "virtiofs": Flag,
         "screens": Maybe(&Object(&SCREEN_GRANTS)), "cgroup_layout": Text, "cpus": Integer,
         "memory": Integer, "storage": List(&Object(&POOL_KIND)), "warnings": Texts,
     }
