@@ -187,6 +187,8 @@ pub fn all(devices: &[Element]) -> Result<Vec<HostDevice>, VirError> {
         }
         found.push(one);
     }
+    // In the order in which they are shown.
+    found.sort_by_key(|one| matches!(one, HostDevice::Usb(_)));
     Ok(found)
 }
 

@@ -88,6 +88,8 @@ pub fn all(devices: &[Element]) -> Result<Vec<(String, PortDevice)>, VirError> {
         }
         found.push((format!("{}{number}", one.place.kind()), one));
     }
+    // Whatever the order of the document.
+    found.sort_by(|(_, a), (_, b)| a.place.cmp(&b.place));
     let reader = |e: &&Element| e.name() == "controller" && e.attribute("type") == Some("ccid");
     let readers = devices.iter().filter(reader).count();
     let cards = found.iter().filter(|(_, one)| one.place == (PortPlace::Smartcard {})).count();
