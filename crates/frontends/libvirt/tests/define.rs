@@ -323,12 +323,13 @@ async fn a_document_changes_what_it_changes() {
         .unwrap();
     let v2 = server.engine.instance(&admin, "default", "v2").unwrap();
     assert_eq!(v2.expanded_config["limits.cpu"], "2");
-    // So do directories that it shares.
+    // Directories that it shares are shown by their tags, and stay where they are inside.
     volume(&server, "shared", VolumeContent::Filesystem).await;
     let keys = [("type", "disk"), ("pool", "default"), ("source", "shared"), ("path", "/mnt/data")];
     let directory = keys.map(|(k, v)| (k.to_owned(), v.to_owned())).into();
     let mut devices = v2.instance.devices.clone();
     devices.insert("data".into(), directory);
+    let with_directory = devices.clone();
     let request = UpdateInstance {
         description: v2.instance.description.clone(),
         ephemeral: false,
@@ -340,10 +341,11 @@ async fn a_document_changes_what_it_changes() {
     let changed = server.engine.instance_update(&admin, "default", "v2", request).await.unwrap();
     assert_eq!(changed.ended().await.error, None);
     let shown = dump(&mut client, "v2", 2).await;
-    assert!(!shown.contains("shared"), "{shown}");
+    assert!(shown.contains("<source dir='/karst/default/shared'/>"), "{shown}");
+    assert!(shown.contains("<target dir='data'/>"), "{shown}");
     define(&mut client, &shown).await.unwrap();
     let v2 = server.engine.instance(&admin, "default", "v2").unwrap();
-    assert_eq!(v2.instance.devices["data"]["source"], "shared");
+    assert_eq!(v2.instance.devices, with_directory);
 }
 
 /// What `virt-install --location` does: it starts a kernel that it has uploaded, writes what comes afterwards, and removes the
