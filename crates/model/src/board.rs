@@ -24,10 +24,13 @@ macro_rules! words {
     };
 }
 
+mod host;
+mod memory;
 mod nodes;
 mod parts;
 mod placement;
 mod scsi;
+mod smbios;
 mod sound;
 pub(crate) mod text;
 
@@ -37,11 +40,14 @@ use crate::{
     keys::{optional_flag, set},
     options::Virtio,
 };
+pub use host::AUTO_RENDER;
+pub use memory::Memory;
 pub use nodes::{CellMemory, Distance, HostNodes, Module, NODE_POLICIES, NodePolicy, Slots};
 pub use parts::{Features, Iommu, IommuModel, Rng};
 pub use placement::Placement;
 pub use scsi::{MOST_SCSI, SCSI_MODELS, ScsiController, ScsiModel, without_usual};
 use serde::{Deserialize, Serialize};
+pub use smbios::{SMBIOS_FIELDS, STRINGS as SMBIOS_STRINGS, SmbiosField};
 pub use sound::{SOUND_CODECS, SoundCodec};
 use std::collections::BTreeMap;
 
@@ -119,6 +125,9 @@ pub struct Board {
     /// `hardware.input`: those of virtio.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub inputs: Vec<Pointer>,
+    /// `hardware.smbios.*`, by key: what the firmware tells of it in place of what Karst says.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub smbios: BTreeMap<String, String>,
     /// `hardware.sound`.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub sound: Vec<Sound>,
@@ -193,95 +202,6 @@ pub struct NumaCell {
     pub cpus: Vec<(u32, u32)>,
     /// Its memory, whole MiB.
     pub memory: ByteSize,
-}
-
-/// How the memory of a machine is had of the host.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, Default)]
-pub struct Memory {
-    /// It is a file without a name, in memory.
-    pub file: bool,
-    /// It is a file without a name beside what the host has of the machine: on its disk.
-    #[serde(default)]
-    pub disk: bool,
-    /// None of it is swapped out.
-    #[serde(default)]
-    pub locked: bool,
-    /// Others whom QEMU hands it to see what is written there.
-    pub shared: bool,
-    /// All of it is there from the start.
-    pub allocated: bool,
-    /// It is not merged with that of others that is the same.
-    pub unmerged: bool,
-    /// It is in huge pages: of this size, or of the host's usual one.
-    #[serde(default, skip_serializing_if = "Option::is_none", deserialize_with = "there")]
-    pub pages: Option<Option<ByteSize>>,
-}
-
-/// What is there and says nothing is not what is absent.
-fn there<'de, D: serde::Deserializer<'de>>(
-    from: D,
-) -> std::result::Result<Option<Option<ByteSize>>, D::Error> {
-    Option::<ByteSize>::deserialize(from).map(Some)
-}
-
-impl Memory {
-    /// Are its pages of a size that processors have?
-    pub fn is_possible(&self) -> bool {
-        self.pages.flatten().is_none_or(|s| [ByteSize::mib(2), ByteSize::gib(1)].contains(&s))
-    }
-
-    fn parse(text: &str) -> Result<Self> {
-        let mut found = Self::default();
-        for part in text.split(',') {
-            match part.trim().split_once('=').unwrap_or((part.trim(), "")) {
-                ("file", "") => found.file = true,
-                ("disk", "") => found.disk = true,
-                ("locked", "") => found.locked = true,
-                ("shared", "") => found.shared = true,
-                ("allocated", "") => found.allocated = true,
-                ("unmerged", "") => found.unmerged = true,
-                ("hugepages", "") => found.pages = Some(None),
-                ("hugepages", size) => {
-                    found.pages = Some(Some(ByteSize::parse(&format!("config.{MEMORY}"), size)?));
-                }
-                _ => {
-                    let text = format!(
-                        "{part:?} is not there; file, disk, locked, shared, allocated, unmerged and hugepages=2MiB are"
-                    );
-                    return Err(wrong(MEMORY, text));
-                }
-            }
-        }
-        if found.disk && (found.file || found.pages.is_some()) {
-            return Err(wrong(
-                MEMORY,
-                "disk is beside file and hugepages, which are in the host's memory; say one of them",
-            ));
-        }
-        match found.is_possible() {
-            true => Ok(found),
-            false => Err(wrong(MEMORY, "huge pages have 2MiB or 1GiB")),
-        }
-    }
-
-    fn text(&self) -> String {
-        let words = [
-            (self.file, "file".to_owned()),
-            (self.disk, "disk".into()),
-            (self.locked, "locked".into()),
-            (self.shared, "shared".into()),
-            (self.allocated, "allocated".into()),
-            (self.unmerged, "unmerged".into()),
-            (
-                self.pages.is_some(),
-                match self.pages.flatten() {
-                    Some(size) => format!("hugepages={}MiB", size.bytes() >> 20),
-                    None => "hugepages".into(),
-                },
-            ),
-        ];
-        words.into_iter().filter(|(on, _)| *on).map(|(_, word)| word).collect::<Vec<_>>().join(",")
-    }
 }
 
 words!(
@@ -443,13 +363,8 @@ const USB_DEVICES: &str = "hardware.usb.devices";
 const USB_FILTER: &str = "hardware.usb.filter";
 const INPUT: &str = "hardware.input";
 const SOUND: &str = "hardware.sound";
-const MAIN_POOL: &str = "hardware.main_thread.pool";
 const VIDEO: &str = "hardware.video";
-const RENDER: &str = "hardware.video.render";
-/// The host chooses the graphics card.
-pub const AUTO_RENDER: &str = "auto";
 const WATCHDOG: &str = "hardware.watchdog";
-const MEMORY: &str = "hardware.memory";
 const PANIC: &str = "hardware.panic";
 const DEFLATE: &str = "hardware.balloon.deflate";
 /// How often a balloon tells.
@@ -628,42 +543,6 @@ fn zone(text: &str) -> Result<String> {
     }
 }
 
-/// `8-16`, `8-` or `-16`.
-fn main_pool(text: &str) -> Result<(Option<u32>, Option<u32>)> {
-    let odd = || {
-        let why = "write how many threads are kept and how many there are at most, up to 65535, as in 8-16, 8- or -16";
-        wrong(MAIN_POOL, format!("{text:?}: {why}"))
-    };
-    let (least, most) = text.split_once('-').ok_or_else(odd)?;
-    let of = |part: &str| match part {
-        "" => Ok(None),
-        part => part.parse().ok().filter(|n: &u32| *n < 65_536).map(Some).ok_or_else(odd),
-    };
-    match (of(least)?, of(most)?) {
-        (None, None) | (_, Some(0)) => Err(odd()),
-        // Without a word QEMU has 64 at most.
-        (Some(least), most) if least > most.unwrap_or(64) => Err(odd()),
-        found => Ok(found),
-    }
-}
-
-fn main_pool_text((least, most): (Option<u32>, Option<u32>)) -> String {
-    let of = |n: Option<u32>| n.map(|n| n.to_string()).unwrap_or_default();
-    format!("{}-{}", of(least), of(most))
-}
-
-/// The name of a render node, or of none in particular.
-fn render(text: &str) -> Result<String> {
-    let name = text.strip_prefix("/dev/dri/");
-    let good = name.is_some_and(|n| !n.is_empty() && n.bytes().all(|b| b.is_ascii_alphanumeric()));
-    match good || text == AUTO_RENDER {
-        true => Ok(text.to_owned()),
-        false => {
-            Err(wrong(RENDER, format!("{text:?}: write auto, or a render node such as /dev/dri/renderD128")))
-        }
-    }
-}
-
 fn watchdog(text: &str) -> Result<Watchdog> {
     let (model, end) = text.split_once(':').unwrap_or((text, "reset"));
     Ok(Watchdog { model: word(WATCHDOG, model, WATCHDOGS)?, end: word(WATCHDOG, end, WATCHDOG_ENDS)? })
@@ -710,18 +589,19 @@ impl Board {
             rngs: set(config, parts::RNG).map(parts::rngs).transpose()?.unwrap_or_default(),
             virtio: set(config, parts::VIRTIO).map(parts::virtio).transpose()?.unwrap_or_default(),
             scsi: set(config, scsi::SCSI).map(scsi::controllers).transpose()?.unwrap_or_default(),
-            memory: set(config, MEMORY).map(Memory::parse).transpose()?,
+            memory: set(config, memory::MEMORY).map(Memory::parse).transpose()?,
             usb: list(config, USB, MOST_USB, controller)?,
             usb_devices: list(config, USB_DEVICES, DEVICES, usb_device)?,
             usb_filter: set(config, USB_FILTER)
                 .map(|text| usb_filter(&format!("config.{USB_FILTER}"), text))
                 .transpose()?,
             inputs: list(config, INPUT, MOST, |text| word(INPUT, text, POINTERS))?,
+            smbios: smbios::of(config)?,
             sound,
             sound_codecs: codecs.unwrap_or_default(),
-            main_pool: set(config, MAIN_POOL).map(main_pool).transpose()?,
+            main_pool: set(config, host::MAIN_POOL).map(host::main_pool).transpose()?,
             video: list(config, VIDEO, MOST, |text| word(VIDEO, text, VIDEOS))?,
-            render: set(config, RENDER).map(render).transpose()?,
+            render: set(config, host::RENDER).map(host::render).transpose()?,
             watchdog: set(config, WATCHDOG).map(watchdog).transpose()?,
             panic: flag(PANIC),
             balloon_deflates: flag(DEFLATE),
@@ -836,7 +716,7 @@ impl Board {
             None => c.model.as_str().to_owned(),
         };
         let cell = |c: &NumaCell| format!("{}:{}MiB", ranges(&c.cpus), c.memory.bytes() >> 20);
-        vec![
+        let mut all = vec![
             (RETRY, self.boot_retry.map(|n| n.to_string())),
             (MENU_TIMEOUT, self.menu_timeout.map(|n| n.to_string())),
             (DEFLATE, flag(self.balloon_deflates)),
@@ -854,7 +734,7 @@ impl Board {
             (HPET, flag(self.hpet)),
             (INPUT, joined(&self.inputs, |i| i.as_str().to_owned())),
             (parts::IOMMU, self.iommu.map(Iommu::text)),
-            (MEMORY, self.memory.map(|m| m.text())),
+            (memory::MEMORY, self.memory.map(|m| m.text())),
             (nodes::MODULES, nodes::modules_text(&self.modules)),
             (nodes::SLOTS, self.slots.map(nodes::slots_text)),
             (NUMA, (!self.numa.is_empty()).then(|| self.numa.iter().map(cell).collect::<Vec<_>>().join(";"))),
@@ -875,17 +755,19 @@ impl Board {
                     (false, false) => None,
                 },
             ),
-            (MAIN_POOL, self.main_pool.map(main_pool_text)),
+            (host::MAIN_POOL, self.main_pool.map(host::main_pool_text)),
             (SOUND, joined(&self.sound, |s| s.as_str().to_owned())),
             (sound::CODECS, sound::text(&self.sound_codecs)),
             (USB, joined(&self.usb, controller)),
             (USB_DEVICES, joined(&self.usb_devices, device)),
             (USB_FILTER, self.usb_filter.clone()),
             (VIDEO, joined(&self.video, |v| v.as_str().to_owned())),
-            (RENDER, self.render.clone()),
+            (host::RENDER, self.render.clone()),
             (parts::VIRTIO, parts::virtio_text(&self.virtio)),
             (WATCHDOG, self.watchdog.map(|w| format!("{}:{}", w.model.as_str(), w.end.as_str()))),
-        ]
+        ];
+        all.extend(smbios::keys(&self.smbios));
+        all
     }
 
     /// The keys by which two of them are not the same.
@@ -897,7 +779,11 @@ impl Board {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use super::{
+        host::{MAIN_POOL, RENDER},
+        memory::MEMORY,
+        *,
+    };
 
     fn of(pairs: &[(&str, &str)]) -> Result<Board> {
         Board::of(&pairs.iter().map(|(k, v)| (k.to_string(), v.to_string())).collect())
@@ -945,6 +831,7 @@ mod tests {
             (RENDER, "/dev/dri/renderD128"),
             (parts::VIRTIO, "balloon=ats,input1=iommu+page-per-queue,scsi=packed"),
             (WATCHDOG, "i6300esb:poweroff"),
+            ("hardware.smbios.system.serial", "1, 2"),
         ];
         let board = of(&all).unwrap();
         let keys = board.keys();

@@ -256,7 +256,9 @@ pub fn argv(m: &Machine) -> Result<Vec<String>> {
         opt(option, value);
     }
     opt("-uuid", m.spec.uuid.to_string());
-    opt("-smbios", format!("type=1,manufacturer=Karst,product=Virtual Machine,uuid={}", m.spec.uuid));
+    for told in board::smbios(&m.spec.board, m.spec.uuid) {
+        opt("-smbios", told);
+    }
     if m.spec.strings.len() > MOST_STRINGS {
         let text = format!("a machine has at most {MOST_STRINGS} strings of its SMBIOS");
         return Err(Error::invalid("config.smbios11", text));

@@ -3,16 +3,22 @@
 //! Each class of PCI devices has one device number of the root bus, and the place in its list is the function: so addresses
 //! follow from the machine's keys alone, and are no others' (disks and NICs have 08 to 17, or root ports).
 
+mod scsi;
+mod told;
+
 use crate::{
-    argv::{fd, word},
-    devices::{Bus, Disk, Layout, virtio},
+    argv::fd,
+    devices::{Layout, virtio},
 };
+pub use scsi::{SCSI_BESIDE, demand_scsi, more_scsi, scsi_options, show_identity};
+pub use told::{display, main_thread, smbios};
+
 use karst_model::{
     Error, Result,
     board::{
-        Board, CellMemory, Features, HostNodes, Iommu, IommuModel, MOST, MOST_USB, Memory, Pointer,
-        ScsiController, ScsiModel, Sound, SoundCodec, Topology, UsbController, UsbDevice, UsbKind, UsbModel,
-        Video, WatchdogEnd, WatchdogModel, ranges,
+        Board, CellMemory, Features, HostNodes, Iommu, IommuModel, MOST, MOST_USB, Memory, Pointer, Sound,
+        SoundCodec, Topology, UsbController, UsbDevice, UsbKind, UsbModel, Video, WatchdogEnd, WatchdogModel,
+        ranges,
     },
 };
 use serde_json::{Value, json};
@@ -29,9 +35,6 @@ const REST: &str = "00:1a";
 const VIDEO: &str = "00:1b";
 /// All of a machine's memory.
 pub const MEMORY: &str = "memory";
-/// Controllers of SCSI that are functions of one device; more are beside the controller of serial ports.
-pub const SCSI_BESIDE: usize = 8;
-const MORE_SCSI: &str = "00:02";
 /// Where sound goes.
 pub const AUDIO: &str = "audio";
 /// The IOMMU of virtio; machines of type pc, which have none, have random numbers from there.
@@ -394,21 +397,6 @@ fn sound(
     }
 }
 
-/// What draws the screens: nothing of the host's, or a graphics card.
-///
-/// # Errors
-/// Invalid for what names none, as one that its host was to choose.
-pub fn display(board: &Board) -> Result<String> {
-    const KEY: &str = "config.hardware.video.render";
-    match board.render.as_deref() {
-        None => Ok("none".to_owned()),
-        Some(path) if path.starts_with("/dev/dri/") => {
-            Ok(format!("egl-headless,rendernode={}", word(KEY, path, "/")?))
-        }
-        Some(_) => Err(Error::invalid(KEY, "this host has no graphics card for it")),
-    }
-}
-
 /// The screens of a machine that has any.
 ///
 /// # Errors
@@ -444,92 +432,6 @@ pub fn screens(board: &Board, layout: Layout) -> Result<Vec<Argument>> {
         arguments.push(("-device", at(layout, device, VIDEO, n, all.len() > 1)?));
     }
     Ok(arguments)
-}
-
-/// The main thread, where it is not as usual.
-pub fn main_thread(board: &Board) -> Option<Value> {
-    let (least, most) = board.main_pool?;
-    let mut object = json!({"qom-type": "main-loop", "id": "main-loop"});
-    for (property, value) in [("thread-pool-min", least), ("thread-pool-max", most)] {
-        if let Some(n) = value {
-            object[property] = n.into();
-        }
-    }
-    Some(object)
-}
-
-/// What of a controller of SCSI of virtio is not as usual.
-pub fn scsi_options(device: &mut Value, one: &ScsiController) {
-    let numbers = [("num_queues", one.queues), ("cmd_per_lun", one.per_disk), ("max_sectors", one.sectors)];
-    for (property, value) in numbers {
-        if let Some(n) = value {
-            device[property] = n.into();
-        }
-    }
-    if one.no_ioeventfd {
-        device["ioeventfd"] = false.into();
-    }
-    virtio(device, &one.virtio);
-}
-
-/// The controllers of SCSI beside the first, which is at `first`: the functions of its device, then those of the controller of serial
-/// ports.
-///
-/// # Errors
-/// Invalid for an address that is none.
-pub fn more_scsi(
-    all: &[ScsiController],
-    layout: Layout,
-    first: &str,
-    thread: Option<u32>,
-) -> Result<Vec<Value>> {
-    let slot = first.split_once('.').map_or(first, |(slot, _)| slot);
-    let mut devices = vec![];
-    for (n, one) in (1..).zip(all) {
-        let driver = match one.model {
-            ScsiModel::Virtio => "virtio-scsi-pci",
-            ScsiModel::LsiLogic => "lsi53c895a",
-            ScsiModel::LsiSas1068 => "mptsas1068",
-            ScsiModel::LsiSas1078 => "megasas",
-            ScsiModel::Vmpvscsi => "pvscsi",
-        };
-        let mut device = json!({"driver": driver, "id": format!("scsi{n}")});
-        if one.model == ScsiModel::Virtio {
-            device["disable-legacy"] = "on".into();
-            if let Some(thread) = thread {
-                device["iothread"] = crate::threads::id(thread).into();
-            }
-            scsi_options(&mut device, one);
-        }
-        let (slot, function) = if n < SCSI_BESIDE { (slot, n) } else { (MORE_SCSI, n + 1 - SCSI_BESIDE) };
-        layout.put(&mut device, "hardware.scsi", &format!("{slot}.{function}"))?;
-        devices.push(device);
-    }
-    Ok(devices)
-}
-
-/// Refuses a disk at a controller that is not there, or has no room for it.
-///
-/// # Errors
-/// Invalid, naming the disk.
-pub fn demand_scsi(board: &Board, disk: &Disk) -> Result<()> {
-    let (Some(number), Bus::Scsi(target)) = (disk.options.controller, disk.bus()?) else { return Ok(()) };
-    let field = format!("devices.{}.io.options", disk.name);
-    let Some(controller) = board.scsi.get(usize::from(number)) else {
-        let there = board.scsi.len().max(1);
-        let text =
-            format!("there is no controller {number} of SCSI; hardware.scsi has {there}, numbered from 0");
-        return Err(Error::invalid(field, text));
-    };
-    let most = controller.model.most_targets();
-    match target < most {
-        true => Ok(()),
-        false => {
-            let (name, last) = (controller.model.as_str(), most - 1);
-            let text = format!("at a controller of the model {name} there are the disks scsi0 to scsi{last}");
-            Err(Error::invalid(field, text))
-        }
-    }
 }
 
 /// The rest of its devices; `spice`: where sound is heard.
@@ -629,7 +531,7 @@ mod tests {
         Board::of(&pairs.iter().map(|(k, v)| (k.to_string(), v.to_string())).collect()).unwrap()
     }
 
-    fn lines(arguments: Vec<Argument>) -> String {
+    pub(super) fn lines(arguments: Vec<Argument>) -> String {
         arguments
             .into_iter()
             .map(|(option, value)| format!("{option} {value}"))
@@ -671,21 +573,6 @@ mod tests {
     }
 
     #[test]
-    fn a_graphics_card_draws_where_it_is_named() {
-        assert_eq!(display(&Board::default()).unwrap(), "none");
-        let of = |render: &str| {
-            board(&[("hardware.video", "virtio-gl,virtio-gl"), ("hardware.video.render", render)])
-        };
-        let named = of("/dev/dri/renderD128");
-        assert_eq!(display(&named).unwrap(), "egl-headless,rendernode=/dev/dri/renderD128");
-        assert!(display(&of("auto")).is_err(), "the host says which");
-        insta::assert_snapshot!(lines(screens(&named, PC).unwrap()), @r#"
-        -device {"driver":"virtio-vga-gl","id":"video","bus":"pci.0","addr":"0x1b.0x0","multifunction":true}
-        -device {"driver":"virtio-gpu-gl-pci","id":"video1","bus":"pci.0","addr":"0x1b.0x1"}
-        "#);
-    }
-
-    #[test]
     fn sound_cards_have_their_codecs() {
         let board =
             board(&[("hardware.sound", "ac97,ich9"), ("hardware.sound.codecs", "1=micro+duplex+output")]);
@@ -697,46 +584,6 @@ mod tests {
         -device {"driver":"hda-duplex","id":"sound1-codec1","bus":"sound1.0","cad":1,"audiodev":"audio"}
         -device {"driver":"hda-output","id":"sound1-codec2","bus":"sound1.0","cad":2,"audiodev":"audio"}
         "#);
-    }
-
-    #[test]
-    fn controllers_of_scsi_are_functions_and_have_disks() {
-        let all = board(&[(
-            "hardware.scsi",
-            "virtio-scsi,virtio-scsi+queues=8+sectors=512+packed,lsilogic,lsisas1068,lsisas1078,vmpvscsi,virtio-scsi+per-disk=50,\
-             virtio-scsi+ioeventfd=off,virtio-scsi",
-        )]);
-        let devices = more_scsi(&all.scsi[1..], PC, "00:03.0", Some(2)).unwrap();
-        insta::assert_snapshot!(devices.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n"), @r#"
-        {"driver":"virtio-scsi-pci","id":"scsi1","disable-legacy":"on","iothread":"iothread2","num_queues":8,"max_sectors":512,"packed":true,"bus":"pci.0","addr":"0x3.0x1"}
-        {"driver":"lsi53c895a","id":"scsi2","bus":"pci.0","addr":"0x3.0x2"}
-        {"driver":"mptsas1068","id":"scsi3","bus":"pci.0","addr":"0x3.0x3"}
-        {"driver":"megasas","id":"scsi4","bus":"pci.0","addr":"0x3.0x4"}
-        {"driver":"pvscsi","id":"scsi5","bus":"pci.0","addr":"0x3.0x5"}
-        {"driver":"virtio-scsi-pci","id":"scsi6","disable-legacy":"on","iothread":"iothread2","cmd_per_lun":50,"bus":"pci.0","addr":"0x3.0x6"}
-        {"driver":"virtio-scsi-pci","id":"scsi7","disable-legacy":"on","iothread":"iothread2","ioeventfd":false,"bus":"pci.0","addr":"0x3.0x7"}
-        {"driver":"virtio-scsi-pci","id":"scsi8","disable-legacy":"on","iothread":"iothread2","bus":"pci.0","addr":"0x2.0x1"}
-        "#);
-        let options = |text: &str| karst_model::options::DiskOptions::parse("f", text, None).unwrap();
-        let at = |slot: &str, text: &str| {
-            let resolved = karst_guest::samples::disk("d", slot, "/a", karst_guest::DiskFormat::Raw);
-            Disk { options: options(text), ..Disk::new(&resolved, false, true) }
-        };
-        assert!(demand_scsi(&all, &at("scsi6", "controller=2")).is_ok());
-        for (slot, text) in [("scsi7", "controller=2"), ("scsi8", "controller=3"), ("scsi0", "controller=9")]
-        {
-            let e = demand_scsi(&all, &at(slot, text)).unwrap_err();
-            assert_eq!(e.field.as_deref(), Some("devices.d.io.options"), "{slot} {text}");
-        }
-        let disc = at("scsi1", "controller=1,serial=WD 1,wwn=5000c50015ea71ac,vendor=SEA,product=ST6");
-        let device = Disk { cdrom: true, readonly: true, ..disc }.device(PC).unwrap();
-        let of = |name: &str| device[name].clone();
-        assert_eq!(
-            (of("driver"), of("bus"), of("device_id")),
-            ("scsi-cd".into(), "scsi1.0".into(), "WD 1".into())
-        );
-        assert_eq!((of("serial"), of("vendor"), of("product")), ("WD 1".into(), "SEA".into(), "ST6".into()));
-        assert_eq!(device["wwn"].as_u64(), Some(0x5000_c500_15ea_71ac));
     }
 
     #[test]

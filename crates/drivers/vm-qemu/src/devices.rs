@@ -11,7 +11,7 @@
 //! All but the device there is twice ([`Side`]): a disk that is copied while the machine runs has its copy on the other side,
 //! and a machine that goes on from the copy drives that one from then on. Which of the two it is, QEMU says.
 
-use crate::threads;
+use crate::{board, threads};
 use karst_guest::{DiskFormat, ResolvedDisk, ResolvedLink, ResolvedNic};
 use karst_model::{
     Error, Result,
@@ -631,9 +631,6 @@ impl Disk {
                 if self.serial {
                     device["device_id"] = serial.chars().take(36).collect::<String>().into();
                 }
-                if let Some(said) = &self.options.serial {
-                    device["device_id"] = said.as_str().into();
-                }
             }
             Bus::Virtio(_) => {
                 device["driver"] = "virtio-blk-pci".into();
@@ -680,19 +677,7 @@ impl Disk {
                 }
             }
         }
-        // In the place of what is made of its name.
-        for (property, text) in [
-            ("serial", &self.options.serial),
-            ("vendor", &self.options.vendor),
-            ("product", &self.options.product),
-        ] {
-            if let Some(text) = text {
-                device[property] = text.as_str().into();
-            }
-        }
-        if let Some(wwn) = self.options.wwn {
-            device["wwn"] = wwn.into();
-        }
+        board::show_identity(&mut device, &self.options, matches!(bus, Bus::Scsi(_)));
         Ok(device)
     }
 

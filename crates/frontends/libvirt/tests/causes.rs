@@ -59,6 +59,12 @@ const PARTS: &[(&str, &[(&str, &str)], &str)] = &[
         "<source type='file'/>",
     ),
     (
+        "<sysinfo type='smbios'><system><entry name='serial'>1, 2</entry></system><oemStrings><entry>a</entry><entry>b</entry></oemStrings></sysinfo>\
+         <os><type arch='x86_64' machine='pc'>hvm</type><smbios mode='sysinfo'/></os>",
+        &[("hardware.smbios.system.serial", "1, 2"), ("hardware.smbios.strings", "a\nb")],
+        "<entry name='serial'>1, 2</entry>",
+    ),
+    (
         "<defaultiothread thread_pool_min='8' thread_pool_max='16'/>",
         &[("hardware.main_thread.pool", "8-16")],
         "<defaultiothread thread_pool_min='8' thread_pool_max='16'/>",
@@ -197,6 +203,13 @@ const REFUSED: &[(&str, &str, &str)] = &[
     ("<seclabel type='none' model='dac'/>", "", "seclabel"),
     ("<numatune><memory mode='near' nodeset='0'/></numatune>", "", "numatune mode"),
     ("<numatune><memory placement='near'/></numatune>", "", "numatune placement"),
+    ("<sysinfo type='fwcfg'><entry name='opt/x'>y</entry></sysinfo>", "", "sysinfo"),
+    (
+        "<sysinfo type='smbios'><system><entry name='owner'>me</entry></system></sysinfo>\
+         <os><type arch='x86_64' machine='pc'>hvm</type><smbios mode='sysinfo'/></os>",
+        "",
+        "sysinfo system",
+    ),
     ("<vcpu placement='near'>1</vcpu>", "", "vcpu"),
     (
         "<memoryBacking><hugepages><page size='4' unit='KiB' nodeset='0'/></hugepages></memoryBacking>",

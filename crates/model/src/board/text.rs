@@ -46,9 +46,16 @@ pub const RNG: &str = "Where random numbers come from, each plain, or of rate=BY
 pub const SCSI: &str = "Controllers of SCSI, the first of them virtio-scsi: virtio-scsi, lsilogic, lsisas1068, lsisas1078, vmpvscsi; of virtio \
     with queues=, per-disk=, sectors=, ioeventfd=off, iommu, ats, packed, page-per-queue, as in virtio-scsi,virtio-scsi+queues=4. Disks say \
     controller= in io.options.";
+/// `hardware.smbios.*`.
+pub const SMBIOS: &str = "What the firmware tells of the machine: bios.vendor, bios.version, bios.date, bios.release, system.manufacturer, \
+    system.product, system.version, system.serial, system.sku, system.family, board.* and chassis.* alike, and strings, one a line.";
+/// `hardware.sound`.
+pub const SOUND: &str = "Sound cards: ac97, es1370, ich6, ich9, sb16, and pcspk, the speaker. They are heard by SPICE, else nowhere.";
 /// `hardware.sound.codecs`.
 pub const CODECS: &str = "Codecs of cards ich6 and ich9, by their place in hardware.sound from 0: duplex (the usual one), micro, output, \
     as in 0=micro+output.";
+/// `hardware.video`.
+pub const VIDEO: &str = "What screens are on: vga, cirrus, qxl, virtio, virtio-gl, vmvga, bochs, ramfb, none; further ones on qxl, virtio, virtio-gl or bochs.";
 /// `hardware.video.render`.
 pub const RENDER: &str = "Draws the screens with a graphics card of the host: auto, or a render node such as /dev/dri/renderD128. The host has to let \
     it: render_nodes in host-policy.toml.";

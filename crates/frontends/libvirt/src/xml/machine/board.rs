@@ -2,7 +2,7 @@
 //! screens, a watchdog, what tells of a panic, the layout of processors and memory. What it says in a way that QEMU is not told
 //! is refused by name.
 
-use super::{hostdevs, nodes, parts, plugs, refuse, tuning, wrong};
+use super::{hostdevs, nodes, parts, plugs, refuse, sysinfo, tuning, wrong};
 use crate::{error::VirError, xml::Element};
 use karst_model::{
     ByteSize,
@@ -61,6 +61,7 @@ pub fn read(root: &Element, cpus: u32) -> Result<Board, VirError> {
         }
     }
     board.main_pool = root.find("defaultiothread").map(nodes::main_pool).transpose()?.flatten();
+    board.smbios = sysinfo::of(root)?;
     if let Some(pm) = root.find("pm") {
         (board.sleeps, board.hibernates) = sleep(pm);
     }
@@ -158,6 +159,7 @@ fn demand_sense(board: &Board) -> Result<(), VirError> {
             ("memory.slots", "maxMemory"),
             ("numa", "numa"),
             ("iommu", "iommu"),
+            ("smbios", "sysinfo"),
             ("video.render", "graphics gl"),
             ("video", "video"),
             ("usb.filter", "redirfilter"),
@@ -678,6 +680,10 @@ pub fn show_domain(root: &mut Element, board: &Board) {
     if let Some(pool) = board.main_pool {
         root.elements_mut().retain(|e| e.name() != "defaultiothread");
         root.push(nodes::shown_main_pool(pool));
+    }
+    if !board.smbios.is_empty() {
+        root.elements_mut().retain(|e| e.name() != "sysinfo");
+        root.push(sysinfo::shown(&board.smbios));
     }
     if let Some(room) = board.slots {
         root.elements_mut().retain(|e| e.name() != "maxMemory");

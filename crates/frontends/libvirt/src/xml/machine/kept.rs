@@ -83,7 +83,8 @@ const DOMAIN: &[Row] = &[
         When(|e| e.elements().iter().all(|p| p.name() == "partition" && text_is(p, &["/machine"]))),
         "guests are in groups of their own",
     ),
-    ("sysinfo", Never, "what the firmware tells of the machine is Karst's"),
+    // What is in it is looked at by `sysinfo`, where the system has it told.
+    ("sysinfo", When(|e| is(e, "type", &["smbios"])), "what the firmware tells is of the type smbios"),
     ("genid", Kept, ""),
     ("bootloader", Never, "virtual machines start by their firmware"),
     ("bootloader_args", Never, "virtual machines start by their firmware"),
@@ -143,7 +144,11 @@ const OS: &[Row] = &[
     ("kernel", Kept, ""),
     ("initrd", Kept, ""),
     ("cmdline", Kept, ""),
-    ("smbios", When(|e| is(e, "mode", &["emulate"])), "what the firmware tells of the machine is Karst's"),
+    (
+        "smbios",
+        When(|e| is(e, "mode", &["emulate", "sysinfo"])),
+        "the firmware tells what the document says, or what Karst does, and nothing of the host",
+    ),
     (
         "bios",
         When(|e| is(e, "useserial", &["no"])),

@@ -22,6 +22,7 @@ pub mod scsi;
 pub mod shares;
 pub mod sizes;
 pub mod spec;
+pub mod sysinfo;
 pub mod tuning;
 pub mod write;
 

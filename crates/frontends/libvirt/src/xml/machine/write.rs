@@ -6,7 +6,7 @@ use super::{
     places::Places,
     ports, priority, processor, read, screens, scsi, shares,
     sizes::{self, Cpus},
-    target, tuning,
+    sysinfo, target, tuning,
 };
 use crate::{
     calls::domain::{METADATA, OPAQUE, TITLE},
@@ -214,6 +214,13 @@ pub fn document(shown: &Shown<'_>) -> Result<String, VirError> {
     tuning::show(&mut e, shown.config, &on_board, &opaque.domain)?;
     let mut os = system(shown, &opaque);
     menu(&mut os, shown.config, &on_board)?;
+    // Of one who has nothing told it is shown as it was written.
+    let uuid = shown.hardware.uuid.to_string();
+    let said = opaque.domain.iter().find(|e| e.name() == "sysinfo");
+    let silent = said.is_none_or(|e| sysinfo::read(e, Some(&uuid)).is_ok_and(|all| all.is_empty()));
+    if !(silent && on_board.smbios.is_empty()) {
+        sysinfo::show_told(&mut os, !on_board.smbios.is_empty());
+    }
     start_with(&mut os, kernel(shown)?);
     e.push(os);
     let hyper_v = told_of_hyper_v(shown.config, instance);
@@ -264,6 +271,12 @@ pub fn document(shown: &Shown<'_>) -> Result<String, VirError> {
             }
             "maxMemory" => nodes::slots(kept).is_ok_and(|room| Some(room) == on_board.slots),
             "defaultiothread" => nodes::main_pool(kept).is_ok_and(|pool| pool == on_board.main_pool),
+            // One that is not told says what it likes.
+            "sysinfo" => {
+                let told = sysinfo::is_told(of("os"));
+                let said = sysinfo::read(kept, Some(&uuid)).unwrap_or_default();
+                if told { said == on_board.smbios } else { on_board.smbios.is_empty() }
+            }
             "genid" => board::generation(kept).is_ok_and(|g| Some(g) == on_board.generation),
             "memoryBacking" => {
                 board::backing(kept) == on_board.memory && nodes::pages(kept) == nodes::pages_of(&on_board)
@@ -283,7 +296,7 @@ pub fn document(shown: &Shown<'_>) -> Result<String, VirError> {
     }
     let said = |name: &str| e.find(name).is_some();
     let (genid, pm, backing, room) = (said("genid"), said("pm"), said("memoryBacking"), said("maxMemory"));
-    let pool = said("defaultiothread");
+    let (pool, told) = (said("defaultiothread"), said("sysinfo"));
     board::show_domain(
         &mut e,
         &Board {
@@ -293,6 +306,7 @@ pub fn document(shown: &Shown<'_>) -> Result<String, VirError> {
             memory: on_board.memory.filter(|_| !backing),
             slots: on_board.slots.filter(|_| !room),
             main_pool: on_board.main_pool.filter(|_| !pool),
+            smbios: if told { Default::default() } else { on_board.smbios.clone() },
             numa_memory: if backing { vec![] } else { on_board.numa_memory.clone() },
             ..on_board.clone()
         },

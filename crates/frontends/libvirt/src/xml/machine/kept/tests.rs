@@ -67,7 +67,8 @@ const SAMPLES: &[(&str, &str, &str, &str)] = &[
         "<firmware><feature enabled='no' name='enrolled-keys'/><feature enabled='yes' name='secure-boot'/></firmware>",
     ),
     ("os", "boot", "<boot dev='hd'/>", "<boot dev='tape'/>"),
-    ("os", "smbios", "<smbios mode='emulate'/>", "<smbios mode='host'/>"),
+    ("os", "smbios", "<smbios mode='sysinfo'/>", "<smbios mode='host'/>"),
+    ("domain", "sysinfo", "<sysinfo type='smbios'/>", "<sysinfo type='fwcfg'/>"),
     ("os", "bios", "<bios useserial='no' rebootTimeout='5000'/>", "<bios useserial='yes'/>"),
     ("os", "dtb", "<dtb/>", "<dtb>/boot/dtb</dtb>"),
     (
