@@ -558,35 +558,6 @@ mod tests {
     }
 
     #[test]
-    fn memory_is_on_the_disk_of_the_host_but_for_huge_pages() {
-        let all = board(&[
-            ("hardware.memory", "disk,shared"),
-            ("hardware.numa", "0:64MiB;1:64MiB"),
-            ("hardware.numa.memory", "1=private+hugepages=2MiB"),
-        ]);
-        insta::assert_snapshot!(lines(memory(&all, 128 << 20).unwrap()), @r#"
-        -object {"qom-type":"memory-backend-file","id":"memory0","size":67108864,"share":true,"mem-path":"/proc/self/fd/37"}
-        -numa node,nodeid=0,cpus=0,memdev=memory0
-        -object {"qom-type":"memory-backend-memfd","id":"memory1","size":67108864,"share":false,"hugetlb":true,"hugetlbsize":2097152}
-        -numa node,nodeid=1,cpus=1,memdev=memory1
-        "#);
-    }
-
-    #[test]
-    fn sound_cards_have_their_codecs() {
-        let board =
-            board(&[("hardware.sound", "ac97,ich9"), ("hardware.sound.codecs", "1=micro+duplex+output")]);
-        insta::assert_snapshot!(lines(devices(&board, PC, false).unwrap()), @r#"
-        -audiodev {"driver":"none","id":"audio"}
-        -device {"driver":"AC97","id":"sound0","audiodev":"audio","bus":"pci.0","addr":"0x19.0x0","multifunction":true}
-        -device {"driver":"ich9-intel-hda","id":"sound1","bus":"pci.0","addr":"0x19.0x1"}
-        -device {"driver":"hda-micro","id":"sound1-codec0","bus":"sound1.0","cad":0,"audiodev":"audio"}
-        -device {"driver":"hda-duplex","id":"sound1-codec1","bus":"sound1.0","cad":1,"audiodev":"audio"}
-        -device {"driver":"hda-output","id":"sound1-codec2","bus":"sound1.0","cad":2,"audiodev":"audio"}
-        "#);
-    }
-
-    #[test]
     fn sound_screens_and_what_watches() {
         let board = board(&[
             ("hardware.sound", "sb16,ich6,ac97"),
@@ -762,7 +733,7 @@ mod tests {
     }
 
     /// What QEMU itself says to arguments, in the few lines of a machine that stands still.
-    async fn accepted(machine: &str, arguments: &[Argument]) -> Result<()> {
+    pub(super) async fn accepted(machine: &str, arguments: &[Argument]) -> Result<()> {
         let usual =
             ["-S", "-no-user-config", "-nodefaults", "-display", "none", "-accel", "tcg", "-m", "64", "-M"];
         let more = arguments.iter().flat_map(|(option, value)| [*option, value.as_str()]);
