@@ -4,7 +4,7 @@
 
 use crate::{
     define::{define, dump, ready},
-    support::{Client, Server},
+    support::{Client, Server, argument},
 };
 use karst_engine::Context;
 use karst_frontend_libvirt::error::Code;
@@ -196,6 +196,25 @@ async fn devices_of_a_domain_come_to_keys_and_are_shown() {
         }
         gone(&mut client).await;
     }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_disk_brings_the_controller_that_it_is_at() {
+    let (server, mut client) = ready().await;
+    define(&mut client, &machine("", "")).await.unwrap();
+    let disk = "<disk type='block' device='disk'><source dev='/dev/vg/b'/><target dev='sdb' bus='scsi'/><serial>S 1</serial>\
+        <address type='drive' controller='1' bus='0' target='0' unit='0'/></disk>";
+    let domain = client.domain("v1").await;
+    let said = argument(|w| {
+        w.string(disk).u32(2);
+    });
+    client.call(160, &[domain, said].concat()).await.unwrap();
+    assert_eq!(key(&server, "hardware.scsi").as_deref(), Some("virtio-scsi,virtio-scsi"));
+    let shown = dump(&mut client, "v1", 2).await;
+    let lines = ["<serial>S 1</serial>", "<address type='drive' controller='1'", "type='scsi' index='1'"];
+    assert!(lines.iter().all(|line| shown.contains(line)), "{shown}");
+    define(&mut client, &shown).await.unwrap();
+    assert_eq!(dump(&mut client, "v1", 2).await, shown);
 }
 
 /// What is still not done, by the word that names it.

@@ -109,6 +109,8 @@ fn attach_to(machine: &mut Machine, e: &Element) -> Result<(), VirError> {
         }
         machine.opaque.disks.insert(disk.target.clone(), e.clone());
         machine.disks.push(disk);
+        // One that it is at and nobody named comes with it.
+        xml::machine::scsi::complete(&mut machine.board.scsi, &machine.disks);
         return Ok(());
     }
     let nic = read::nic_alone(e)?;
