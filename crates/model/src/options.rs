@@ -275,7 +275,7 @@ impl DiskOptions {
                     let good = |(l, p): &(u32, u32)| block(*l) && block(*p) && l <= p;
                     found.blocks = Some(blocks.filter(good).ok_or_else(|| wrong(field, word, why))?);
                 }
-                ("controller", n) => found.controller = Some(within(field, word, n, (1, 14))?),
+                ("controller", n) => found.controller = Some(within(field, word, n, (1, 11))?),
                 ("serial", text) => {
                     let most = if bus == Some(DiskBus::VirtioBlk) { 20 } else { LONGEST };
                     found.serial = Some(label(field, word, text, most)?);

@@ -13,7 +13,7 @@ use crate::{
 use karst_model::{
     Error, Result,
     board::{Rng, Sound, UsbKind},
-    device::PortEnd,
+    device::{PortEnd, PortPlace},
     instance::Firmware,
     keys_machine::MOST_STRINGS,
     node::AcceleratorKind,
@@ -386,7 +386,8 @@ pub fn argv(m: &Machine) -> Result<Vec<String>> {
         }
     };
     let mut serial = json!({"driver": "virtio-serial-pci", "id": "serial0", "max_ports": 16});
-    if m.spec.board.scsi.len() > board::SCSI_BESIDE {
+    let on_pci = m.spec.lines.iter().any(|l| matches!(l.device.place, PortPlace::Pci { .. }));
+    if m.spec.board.scsi.len() > board::SCSI_BESIDE || on_pci {
         serial["multifunction"] = true.into();
     }
     of_part(&mut serial, "serial");

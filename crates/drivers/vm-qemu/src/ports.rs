@@ -112,6 +112,11 @@ pub fn options(lines: &[LineSpec], spice: bool, filter: Option<&str>) -> Result<
                 all.first_serial |= *number == 0;
                 json!({"driver": "isa-serial", "id": device, "chardev": id, "index": number})
             }
+            // Functions of the controller of ports of virtio, the last first: controllers of SCSI have the first of them.
+            PortPlace::Pci { number } => {
+                let function = 7u32.saturating_sub(*number);
+                json!({"driver": "pci-serial", "id": device, "chardev": id, "addr": format!("0x2.0x{function}")})
+            }
             PortPlace::Parallel { number } => {
                 json!({"driver": "isa-parallel", "id": device, "chardev": id, "index": number})
             }
@@ -255,6 +260,7 @@ mod tests {
                 PortPlace::Channel { name: Some("com.redhat.spice.0".into()) },
                 PortEnd::Agent { clipboard: true, mouse: false },
             ),
+            line("i", PortPlace::Pci { number: 1 }, PortEnd::Null {}),
         ];
         let wanted = r#"5003=303 port-log
 5006=306 port
@@ -275,6 +281,8 @@ mod tests {
 -device {"driver":"isa-debugcon","id":"port-g-device","chardev":"port-g","iobase":1026}
 -chardev qemu-vdagent,id=port-h,name=vdagent,clipboard=on,mouse=off
 -device {"driver":"virtserialport","bus":"serial0.0","nr":9,"id":"port-h-device","chardev":"port-h","name":"com.redhat.spice.0"}
+-chardev null,id=port-i
+-device {"driver":"pci-serial","id":"port-i-device","chardev":"port-i","addr":"0x2.0x6"}
 "#;
         assert_eq!(text(&lines), wanted);
         assert!(!options(&lines, false, None).unwrap().first_serial);

@@ -171,6 +171,11 @@ const DEVICES: &[(&str, &[(&str, &str)], &[&str])] = &[
         &["<target type='isa-debug'/>"],
     ),
     (
+        "<serial type='null'><target type='pci-serial' port='0'/></serial>",
+        &[("pci-serial0/port", "pci-serial"), ("pci-serial0/to", "null")],
+        &["<target type='pci-serial' port='0'/>"],
+    ),
+    (
         "<graphics type='vnc' port='-1' autoport='yes'/><channel type='qemu-vdagent'>\
          <target type='virtio' name='com.redhat.spice.0'/><source><clipboard copypaste='yes'/></source></channel>",
         &[("channel0/to", "agent"), ("channel0/clipboard", "true"), ("channel0/name", "com.redhat.spice.0")],

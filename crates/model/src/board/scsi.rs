@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 
 pub(super) const SCSI: &str = "hardware.scsi";
 /// Controllers of a machine at most.
-pub const MOST_SCSI: usize = 15;
+pub const MOST_SCSI: usize = 12;
 
 words!(
     /// What a controller of SCSI is.

@@ -9,6 +9,8 @@ use std::net::SocketAddr;
 pub const SERIAL_PORTS: u32 = 4;
 /// The same of parallel ones.
 pub const PARALLEL_PORTS: u32 = 3;
+/// The same of serial ones on PCI.
+pub const PCI_PORTS: u32 = 3;
 /// Consoles and channels of virtio beside those that each machine has.
 pub const VIRTIO_PORTS: usize = 10;
 
@@ -35,6 +37,11 @@ pub enum PortPlace {
     },
     /// A parallel port, from 0.
     Parallel {
+        /// Its number.
+        number: u32,
+    },
+    /// A serial port on PCI, from 0: the guest counts it after those that are always there.
+    Pci {
         /// Its number.
         number: u32,
     },
@@ -65,6 +72,7 @@ impl PortPlace {
         match self {
             Self::Serial { .. } => "serial",
             Self::Parallel { .. } => "parallel",
+            Self::Pci { .. } => "pci-serial",
             Self::Console { .. } => "console",
             Self::Debug {} => "debug",
             Self::Channel { .. } => "channel",
@@ -87,12 +95,15 @@ impl PortPlace {
     /// The number, of those that have one.
     pub fn number(&self) -> Option<u32> {
         match self {
-            Self::Serial { number } | Self::Parallel { number } | Self::Console { number } => Some(*number),
             Self::Debug {}
             | Self::Channel { .. }
             | Self::Redirect {}
             | Self::Smartcard {}
             | Self::Random {} => None,
+            Self::Serial { number }
+            | Self::Parallel { number }
+            | Self::Pci { number }
+            | Self::Console { number } => Some(*number),
         }
     }
 
@@ -187,12 +198,12 @@ pub const PORT_KEYS: &[(&str, &str)] = &[
     ("name", "`channel`: its name in the guest, below `/dev/virtio-ports`."),
     (
         "number",
-        "`serial` (0 to 3), `parallel` (0 to 2), `console`. The serial port 0 is the machine's console unless a device has it.",
+        "`serial` (0 to 3), `pci-serial` and `parallel` (0 to 2), `console`. The serial port 0 is the machine's console unless a device has it.",
     ),
     ("path", "`file`, `device`, `unix`: a path of the host. Granted by its policy (`port_paths`)."),
     (
         "port",
-        "What the guest sees: `serial`, `parallel`, `console` (of virtio), `channel` (of virtio), `debug` (what firmware writes to 0x402); or a device of who is at the other end: `redirect` (on USB, by usbredir), `smartcard`, `random` (numbers, by EGD).",
+        "What the guest sees: `serial`, `pci-serial`, `parallel`, `console` (of virtio), `channel` (of virtio), `debug` (what firmware writes to 0x402); or a device of who is at the other end: `redirect` (on USB, by usbredir), `smartcard`, `random` (numbers, by EGD).",
     ),
     ("protocol", "`tcp`: `raw` (the default) or `telnet`."),
     (
@@ -218,12 +229,13 @@ impl PortDevice {
             ("smartcard", 5),
             ("random", 6),
             ("debug", 7),
+            ("pci-serial", 8),
         ];
         let kind = keys.one_of("port", &kinds)?;
         let kind = kind.ok_or_else(|| {
             Error::invalid(
                 keys.field("port"),
-                "say what the guest sees: serial, parallel, console, channel, debug, redirect, smartcard or random",
+                "say what the guest sees: serial, pci-serial, parallel, console, channel, debug, redirect, smartcard or random",
             )
         })?;
         let number = |most: u32| {
@@ -241,7 +253,8 @@ impl PortDevice {
             4 => PortPlace::Redirect {},
             5 => PortPlace::Smartcard {},
             6 => PortPlace::Random {},
-            _ => PortPlace::Debug {},
+            7 => PortPlace::Debug {},
+            _ => PortPlace::Pci { number: number(PCI_PORTS)? },
         };
         if place.number().is_none() && keys.get("number").is_some() {
             return Err(Error::invalid(
@@ -420,6 +433,7 @@ mod tests {
         for pairs in [
             &[("port", "serial"), ("number", "1")][..],
             &[("port", "debug"), ("to", "stream")],
+            &[("port", "pci-serial"), ("number", "2"), ("to", "null")],
             &[
                 ("port", "channel"),
                 ("to", "agent"),

@@ -3,7 +3,9 @@
 
 use super::{plugs, refuse, wrong};
 use crate::{error::VirError, xml::Element};
-use karst_model::device::{PARALLEL_PORTS, PortDevice, PortEnd, PortFile, PortPlace, SERIAL_PORTS};
+use karst_model::device::{
+    PARALLEL_PORTS, PCI_PORTS, PortDevice, PortEnd, PortFile, PortPlace, SERIAL_PORTS,
+};
 use std::{
     collections::BTreeMap,
     net::{IpAddr, SocketAddr},
@@ -187,6 +189,10 @@ fn target(e: &Element) -> Option<&str> {
     e.find("target").and_then(|t| t.attribute("type"))
 }
 
+fn is_on_pci(e: &Element) -> bool {
+    e.name() == "serial" && target(e) == Some("pci-serial")
+}
+
 fn is_debug(e: &Element) -> bool {
     e.name() == "serial" && target(e) == Some("isa-debug")
 }
@@ -194,6 +200,13 @@ fn is_debug(e: &Element) -> bool {
 /// Where a serial port is says nothing else than its number.
 fn demand_isa(e: &Element, number: u32) -> Result<(), VirError> {
     let Some(address) = e.find("address").filter(|_| e.name() == "serial") else { return Ok(()) };
+    if is_on_pci(e) {
+        // Which function it is follows from its number.
+        return match address.attribute("type") {
+            Some("pci") => Ok(()),
+            _ => Err(refuse("serial address", "one of the target pci-serial is on PCI")),
+        };
+    }
     if is_debug(e) {
         let at = address.attribute("iobase").map(hexadecimal);
         return match address.attribute("type") == Some("isa") && at.is_none_or(|at| at == Some(DEBUG)) {
@@ -231,7 +244,7 @@ pub fn check(e: &Element) -> Result<(), VirError> {
         return plugs::read(e).map(drop);
     }
     let known: &[&str] = match e.name() {
-        "serial" => &["isa-serial", "isa-debug"],
+        "serial" => &["isa-serial", "isa-debug", "pci-serial"],
         "parallel" => &[],
         "console" => &["serial", "virtio"],
         _ => &["virtio"],
@@ -261,6 +274,7 @@ pub fn check(e: &Element) -> Result<(), VirError> {
         }
     }
     let most = match e.name() {
+        "serial" if is_on_pci(e) => Some(PCI_PORTS),
         "serial" => Some(SERIAL_PORTS),
         "parallel" => Some(PARALLEL_PORTS),
         _ => None,
@@ -313,11 +327,16 @@ pub fn read(devices: &[Element]) -> Result<Vec<Port>, VirError> {
             }
             let number = number(e)?.unwrap_or(next);
             next = number.saturating_add(1);
-            let most = if name == "serial" { SERIAL_PORTS } else { PARALLEL_PORTS };
+            let most = match name {
+                "serial" if is_on_pci(e) => PCI_PORTS,
+                "serial" => SERIAL_PORTS,
+                _ => PARALLEL_PORTS,
+            };
             if number >= most {
                 return Err(refuse(name, format!("there is no port {number}; a machine has {most}")));
             }
             let place = match name {
+                "serial" if is_on_pci(e) => PortPlace::Pci { number },
                 "serial" => PortPlace::Serial { number },
                 _ => PortPlace::Parallel { number },
             };
@@ -380,7 +399,10 @@ pub fn shown(port: &PortDevice) -> Element {
     let on = |flag: bool| if flag { "on" } else { "off" };
     let mode = |listen: bool| if listen { "bind" } else { "connect" };
     // Of the names that documents have it is a serial port.
-    let name = if port.place == (PortPlace::Debug {}) { "serial" } else { port.place.kind() };
+    let name = match &port.place {
+        PortPlace::Debug {} | PortPlace::Pci { .. } => "serial",
+        place => place.kind(),
+    };
     let mut e = Element::new(name).with("type", kind);
     let source = || Element::new("source");
     match &port.to {
@@ -406,6 +428,7 @@ pub fn shown(port: &PortDevice) -> Element {
     let target = Element::new("target");
     e.push(match &port.place {
         PortPlace::Serial { number } => target.with("type", "isa-serial").with("port", number),
+        PortPlace::Pci { number } => target.with("type", "pci-serial").with("port", number),
         PortPlace::Debug {} => target.with("type", "isa-debug"),
         PortPlace::Parallel { number } => target.with("port", number),
         PortPlace::Console { number } => target.with("type", "virtio").with("port", number),
@@ -423,7 +446,7 @@ pub fn shown(port: &PortDevice) -> Element {
 pub fn named(ports: &[(String, PortDevice)], name: Option<&str>) -> Result<Option<String>, String> {
     let at = |place: PortPlace| ports.iter().find(|(_, p)| p.place == place).map(|(name, _)| name.clone());
     let console = at(PortPlace::Console { number: 0 });
-    let serial = at(PortPlace::Serial { number: 0 });
+    let serial = at(PortPlace::Serial { number: 0 }).or_else(|| at(PortPlace::Pci { number: 0 }));
     let name = match name {
         None | Some("") => return Ok(console.or(serial)),
         Some("console0") => return Ok(console.or(serial)),
@@ -536,6 +559,11 @@ mod tests {
             &["debug0: port=debug to=stream"],
         ),
         (
+            "<serial type='null'><target type='pci-serial' port='0'/><address type='pci' slot='0x04'/></serial>\
+             <console type='null'><target type='serial' port='0'/></console>",
+            &["pci-serial0: port=pci-serial to=null number=0"],
+        ),
+        (
             "<channel type='qemu-vdagent'><source><clipboard copypaste='yes'/><mouse mode='server'/></source>\
              <target type='virtio' name='com.redhat.spice.0'/></channel>",
             &["channel0: port=channel to=agent name=com.redhat.spice.0 clipboard=true mouse=false"],
@@ -565,7 +593,8 @@ mod tests {
             ),
             ("<serial type='spiceport'><source channel='x'/></serial>", "serial type"),
             ("<serial type='stdio'/>", "serial type"),
-            ("<serial type='pty'><target type='pci-serial'/></serial>", "serial target"),
+            ("<serial type='pty'><target type='usb-serial'/></serial>", "serial target"),
+            ("<serial type='pty'><target type='pci-serial' port='3'/></serial>", "no port 3"),
             ("<serial type='pty'><target port='4'/></serial>", "no port 4"),
             ("<serial type='pty'><address type='isa' iobase='0x300'/></serial>", "serial address"),
             ("<serial type='tcp'><source host='localhost' service='1'/></serial>", "serial source host"),
