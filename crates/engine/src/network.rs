@@ -3,6 +3,7 @@
 pub mod life;
 mod names;
 pub(crate) mod own;
+mod ports;
 
 use self::own::Place;
 use crate::{
@@ -140,6 +141,7 @@ impl EngineInner {
         addresses::settle(&mut hosts);
         labels::settle(records, &mut hosts);
         names::reserve(&spec, &mut hosts);
+        ports::settle(&spec, &mut hosts);
         for host in &mut hosts {
             host.view.take_if(|v| v.project == network.project);
         }

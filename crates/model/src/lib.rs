@@ -37,6 +37,7 @@ pub mod name;
 pub mod network;
 pub mod network_life;
 pub mod network_names;
+pub mod network_ports;
 pub mod news;
 pub mod node;
 pub mod oci;

@@ -8,6 +8,7 @@ use crate::{
     keys::parse_bool,
     network_life::NetworkLife,
     network_names::{NetworkNames, is_name},
+    network_ports::{NetworkPorts, is_group_key},
 };
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use serde::{Deserialize, Serialize};
@@ -144,6 +145,9 @@ pub struct BridgeSpec {
     pub multicast_snooping: Option<bool>,
     /// Interfaces of the host that become ports of the bridge, each as [`ExternalInterface::parse`] takes it.
     pub external_interfaces: Vec<String>,
+    /// How fast its ports are.
+    #[serde(skip_serializing_if = "NetworkPorts::is_usual")]
+    pub ports: NetworkPorts,
     /// What passes between the bridge and the rest, where ACLs decide that.
     pub policy: Option<Policy>,
     /// `raw.dnsmasq`, which the host's policy must grant ([`crate::dnsmasq`] says which lines).
@@ -237,6 +241,7 @@ impl Default for BridgeSpec {
             forward_delay: None,
             multicast_snooping: None,
             external_interfaces: vec![],
+            ports: NetworkPorts::default(),
             policy: None,
             raw_dnsmasq: None,
         }
@@ -312,6 +317,12 @@ pub const BRIDGE_KEYS: &[(&str, &str)] = &[
     ("ipv6.ra", "announce the router (true)"),
     ("ipv6.routes", "further subnets that are reached over the bridge, comma-separated"),
     ("ipv6.routing", "route between the bridge and the rest (true)"),
+    ("limits.egress", "bits a second that may pass from the bridge's guests to all beyond it, together"),
+    ("limits.egress.burst", "bytes that may pass at once beyond that"),
+    ("limits.egress.peak", "bits a second that such a burst never exceeds"),
+    ("limits.ingress", "bits a second that may pass from beyond the bridge to its guests, together"),
+    ("limits.ingress.burst", "as limits.egress.burst"),
+    ("limits.ingress.peak", "as limits.egress.peak"),
     (
         "raw.dnsmasq",
         "lines added to dnsmasq's configuration, of options that say what guests are answered, where the host grants it: \
@@ -444,7 +455,7 @@ fn domain(key: &str, text: &str) -> Result<()> {
 fn known_keys(config: &Config) -> Result<()> {
     for (key, value) in config {
         crate::keys::check_free(key, value)?;
-        if key.starts_with("user.") || BRIDGE_KEYS.iter().any(|(k, _)| k == key) {
+        if key.starts_with("user.") || is_group_key(key) || BRIDGE_KEYS.iter().any(|(k, _)| k == key) {
             continue;
         }
         let unsupported = |why: &str| Err(Error::unsupported(why).at(format!("config.{key}")));
@@ -456,6 +467,11 @@ fn known_keys(config: &Config) -> Result<()> {
                 return unsupported(
                     "tunnels between bridges are not there; put a VXLAN link of the host into bridge.external_interfaces",
                 );
+            }
+            k if k.starts_with("portgroup.") => {
+                let text = "keys of a group of ports are portgroup.NAME.default, and portgroup.NAME.limits.ingress and .egress, each \
+                            with .burst and .peak";
+                return Err(bad(key, text));
             }
             k if k.starts_with("dns.zone.") => return unsupported("DNS zones are not there"),
             _ => {}
@@ -629,6 +645,7 @@ impl BridgeSpec {
                 .map(|_| r.flag("bridge.multicast_snooping", true))
                 .transpose()?,
             external_interfaces,
+            ports: NetworkPorts::parse(config)?,
             policy: firewall::policy("config.", &|k| r.get(k), firewall::Action::Reject)?,
             raw_dnsmasq: r
                 .get("raw.dnsmasq")
@@ -862,6 +879,8 @@ mod tests {
             ("dns.search", "ok,a\nb"),
             ("dns.nameservers", "ns1"),
             ("dns.local", "perhaps"),
+            ("limits.ingress", "fast"),
+            ("portgroup.a.colour", "red"),
             ("dns.plain", "perhaps"),
             ("dns.hosts", "10.1.2.5 a/b"),
             ("ipv4.dhcp.hosts", "52:54:00:aa:bb:01 10.9.9.9"),

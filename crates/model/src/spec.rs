@@ -15,6 +15,7 @@ use crate::{
     instance::{Firmware, Generation, InstanceKind},
     key_values, maximum,
     network::BridgeSpec,
+    network_ports::RateMore,
     options::NicOptions,
     screens::ScreenOptions,
     storage::{PoolKind, VolumeContent},
@@ -932,6 +933,15 @@ pub struct PortSpec {
     pub ingress_limit: Option<u64>,
     /// From the guest, bits a second.
     pub egress_limit: Option<u64>,
+    /// What the former is beside its average.
+    #[serde(skip_serializing_if = "RateMore::is_usual")]
+    pub ingress: RateMore,
+    /// What the latter is beside its average.
+    #[serde(skip_serializing_if = "RateMore::is_usual")]
+    pub egress: RateMore,
+    /// The group of ports that it names; the engine's business, which says what follows of it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub group: Option<String>,
     /// Priority of the guest's packets on the host (`SO_PRIORITY`).
     #[serde(skip_serializing_if = "Option::is_none")]
     pub priority: Option<u32>,

@@ -6,6 +6,7 @@ use ipnet::IpNet;
 use karst_model::{
     InstanceId, Result,
     network::BridgeSpec,
+    network_ports::RateMore,
     spec::{NetworkHost, NetworkSpec, PortSpec},
 };
 use serde::{Deserialize, Serialize};
@@ -102,8 +103,8 @@ pub(crate) fn cables(t: &mut Table, loose: &Loose) {
             });
         }
         let mut to = vec![];
-        from.extend(port.egress_limit.map(rate));
-        to.extend(port.ingress_limit.map(rate));
+        from.extend(port.egress_limit.into_iter().flat_map(|average| rates(average, port.egress)));
+        to.extend(port.ingress_limit.into_iter().flat_map(|average| rates(average, port.ingress)));
         from.extend(port.priority.and_then(priority));
         for (map, base, hook, word, rules) in [
             ("cable_from", "cables_in", "prerouting priority -310", "iifname", from),
@@ -128,6 +129,18 @@ pub(crate) fn cables(t: &mut Table, loose: &Loose) {
 pub(crate) fn rate(bits: u64) -> String {
     let bytes = (bits / 8).max(1);
     format!("limit rate over {bytes} bytes/second burst {} bytes drop", (bytes / 8).clamp(65_536, 1 << 30))
+}
+
+/// The same with its peak, which is a bucket of its own, and its burst.
+pub(crate) fn rates(average: u64, more: RateMore) -> Vec<String> {
+    let peak = more.peak.map(rate);
+    let average = match more.burst {
+        None => rate(average),
+        Some(burst) => {
+            format!("limit rate over {} bytes/second burst {burst} bytes drop", (average / 8).max(1))
+        }
+    };
+    peak.into_iter().chain([average]).collect()
 }
 
 /// A packet's priority on the host; 0 is what it has anyway.

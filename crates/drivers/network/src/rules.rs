@@ -105,6 +105,22 @@ fn translation(daemon: &str, t: &mut Table, networks: &[NetworkSpec]) {
             }
         }
         forwards(t, network);
+        together(t, network);
+    }
+}
+
+/// The rate of all that passes between a bridge and the host or what is beyond it. From one guest to another nothing of it counts.
+fn together(t: &mut Table, network: &NetworkSpec) {
+    let rates = network.spec.ports.rates;
+    for (rate, chain, hook, end) in [
+        (rates.ingress, "rate_to", "postrouting priority 320", "oifname"),
+        (rates.egress, "rate_from", "prerouting priority -320", "iifname"),
+    ] {
+        let Some(rate) = rate else { continue };
+        let rules = t.base(chain, &format!("filter hook {hook}; policy accept"));
+        for text in loose::rates(rate.average, rate.more) {
+            rules.push(format!("{end} \"{}\" {text}", network.bridge));
+        }
     }
 }
 
@@ -655,14 +671,16 @@ fn filters(t: &mut Table, network: &NetworkSpec, host: &NetworkHost, port: &Port
 
 fn limits(t: &mut Table, port: &PortSpec) {
     let priority = port.priority.and_then(loose::priority);
-    for (limit, priority, map, letter) in
-        [(port.egress_limit, priority, "limit_from", 'e'), (port.ingress_limit, None, "limit_to", 'i')]
-    {
+    for (limit, more, priority, map, letter) in [
+        (port.egress_limit, port.egress, priority, "limit_from", 'e'),
+        (port.ingress_limit, port.ingress, None, "limit_to", 'i'),
+    ] {
         if limit.is_none() && priority.is_none() {
             continue;
         }
         let chain = format!("l_{letter}_{}", port.interface.replace(['.', '-'], "_"));
-        t.chain(&chain).extend(limit.map(loose::rate).into_iter().chain(priority));
+        t.chain(&chain)
+            .extend(limit.into_iter().flat_map(|average| loose::rates(average, more)).chain(priority));
         t.map(map, "").insert(format!("\"{}\" : jump {chain}", port.interface));
     }
 }

@@ -135,6 +135,10 @@ fn check_ports(records: &Records, tx: &mut Tx, project: ProjectId, parsed: &Pars
                 format!("{route} is not within {family}.routes of network {network:?}"),
             ));
         }
+        if let Some(group) = port.group.as_deref().filter(|name| bridge.ports.group(Some(name)).is_none()) {
+            let text = format!("network {network:?} has no group of ports {group:?}");
+            return Err(Error::invalid(format!("devices.{device}.portgroup"), text));
+        }
         let field = format!("devices.{device}.security.acls");
         crate::firewall::check_policy(records, tx, project, port.policy.as_ref(), &field)?;
         if seen.insert(row.id) {

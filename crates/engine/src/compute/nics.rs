@@ -40,6 +40,12 @@ pub(crate) fn network_of<'a, 'n>(
 
 /// No DHCP of ours serves a bridge of the host.
 pub(crate) fn demand_no_lease(device: &str, nic: &NicDevice, parent: &str) -> Result<()> {
+    if nic.port.group.is_some() {
+        let text = format!(
+            "groups of ports are of networks of this platform, and {parent:?} is a bridge of the host"
+        );
+        return Err(Error::invalid(format!("devices.{device}.portgroup"), text));
+    }
     let filters = nic.port.ipv4_filter || nic.port.ipv6_filter;
     let keys = [("ipv4.address", nic.ipv4.is_some()), ("ipv6.address", nic.ipv6.is_some())];
     if let Some((key, _)) = keys.iter().find(|(_, set)| *set && !filters) {
@@ -75,6 +81,7 @@ pub(crate) fn demand_no_lease(device: &str, nic: &NicDevice, parent: &str) -> Re
 /// Keys of bridges' ports are of no use on an interface of the host.
 pub(crate) fn demand_plain(device: &str, nic: &NicDevice, kind: NetworkKind) -> Result<()> {
     let wrong = [
+        ("portgroup", nic.port.group.is_some()),
         ("ipv4.address", nic.ipv4.is_some()),
         ("ipv6.address", nic.ipv6.is_some()),
         ("ipv4.routes", !nic.routes.is_empty()),

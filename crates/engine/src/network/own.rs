@@ -235,8 +235,10 @@ pub(crate) fn demand_reach(
         let text = format!("a network of type {} is an interface of the host, which {needs}", kind.as_str());
         return Err(Error::forbidden(text).at("type"));
     }
-    let own =
-        |key: &str| key.starts_with("user.") || key.starts_with("security.acls") || OF_TENANTS.contains(&key);
+    let own = |key: &str| {
+        OF_TENANTS.contains(&key)
+            || ["user.", "security.acls", "limits.", "portgroup."].iter().any(|p| key.starts_with(p))
+    };
     let is_address = |key: &str| matches!(key, "ipv4.address" | "ipv6.address");
     for (key, value) in config {
         let same = before.and_then(|b| b.get(key)).is_some_and(|was| was == value);

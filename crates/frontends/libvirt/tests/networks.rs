@@ -304,3 +304,88 @@ async fn ways_out_and_subnets() {
     let ungranted = other("<forward mode='bridge'/><bridge name='br9'/>");
     assert_eq!(define(&mut client, &ungranted).await.unwrap_err().0, Code::AccessDenied as i32);
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn groups_of_ports_have_rates() {
+    let server = Server::start().await;
+    server.guest("v1", InstanceKind::VirtualMachine, true).await;
+    let admin = Context::new(Principal::system());
+    let mut client = server.open("full", "qemu:///system").await;
+    let name = server.engine.networks(&admin, "default").unwrap()[0].name.to_string();
+    let network = network(&mut client, &name).await;
+    let portgroup = 9;
+    let slow =
+        "<portgroup name='slow' default='yes'><bandwidth><outbound average='64'/></bandwidth></portgroup>";
+    let fast = "<portgroup name='fast'><bandwidth><inbound average='1000' peak='5000' burst='5120'/></bandwidth></portgroup>";
+    update(&mut client, &network, 3, portgroup, slow).await.unwrap();
+    update(&mut client, &network, 3, portgroup, fast).await.unwrap();
+    let shown = dump(&mut client, &network).await;
+    for part in
+        ["<portgroup name='slow' default='yes'>", "<inbound average='1000' peak='5000' burst='5120'/>"]
+    {
+        assert!(shown.contains(part), "{part}: {shown}");
+    }
+    let invalid = Code::OperationInvalid as i32;
+    for (command, xml, code, says) in [
+        (3, slow, invalid, "existing portgroup entry"),
+        (1, "<portgroup name='x'/>", invalid, "couldn't find a portgroup entry"),
+        (3, "<portgroup name='x' default='yes'/>", invalid, "Only one default is allowed"),
+        (3, "<portgroup name='x'><vlan/></portgroup>", Code::ConfigUnsupported as i32, "portgroup vlan"),
+    ] {
+        let refused = update(&mut client, &network, command, portgroup, xml).await.unwrap_err();
+        assert!(refused.0 == code && refused.1.contains(says), "{xml}: {refused:?}");
+    }
+    // A NIC that names none has the usual one's rate; one that does has its.
+    let id = server.engine.network(&admin, "default", &name).unwrap().id;
+    let limits = || {
+        let hosts = server.host.network_hosts(id);
+        let port = hosts.into_iter().find_map(|h| h.port).unwrap();
+        (port.ingress_limit, port.egress_limit)
+    };
+    assert_eq!(limits(), (None, Some(525_000)));
+    let view = server.engine.instance(&admin, "default", "v1").unwrap();
+    let mut devices = view.instance.devices.clone();
+    let mut nic = view.expanded_devices["eth0"].clone();
+    nic.insert("portgroup".into(), "fast".into());
+    devices.insert("eth0".into(), nic.clone());
+    let request = |devices| karst_engine::compute::update::UpdateInstance {
+        description: String::new(),
+        ephemeral: false,
+        config: view.instance.config.clone(),
+        devices,
+        profiles: vec!["default".into()],
+        if_version: None,
+    };
+    let done =
+        server.engine.instance_update(&admin, "default", "v1", request(devices.clone())).await.unwrap();
+    assert_eq!(done.ended().await.error, None);
+    tokio::time::timeout(crate::support::PATIENCE, async {
+        while limits() != (Some(8_192_000), None) {
+            tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+        }
+    })
+    .await
+    .expect("its group's rate");
+    nic.insert("portgroup".into(), "none".into());
+    devices.insert("eth0".into(), nic);
+    let refused =
+        server.engine.instance_update(&admin, "default", "v1", request(devices)).await.err().unwrap();
+    assert_eq!(refused.field.as_deref(), Some("devices.eth0.portgroup"), "{refused}");
+    // Changed and removed.
+    let other =
+        "<portgroup name='slow' default='yes'><bandwidth><outbound average='128'/></bandwidth></portgroup>";
+    update(&mut client, &network, 1, portgroup, other).await.unwrap();
+    assert!(dump(&mut client, &network).await.contains("average='128'"));
+    update(&mut client, &network, 2, portgroup, "<portgroup name='slow'/>").await.unwrap();
+    assert!(!dump(&mut client, &network).await.contains("slow"));
+    // Interfaces of forwards.
+    let interface = 7;
+    for (command, xml, code, says) in [
+        (1, "<interface dev='eth0'/>", Code::OperationUnsupported as i32, "only added or deleted"),
+        (2, "<interface dev='eth0'/>", invalid, "couldn't find an interface entry"),
+        (3, "<interface dev='eth0'/>", Code::ConfigUnsupported as i32, "interface"),
+    ] {
+        let refused = update(&mut client, &network, command, interface, xml).await.unwrap_err();
+        assert!(refused.0 == code && refused.1.contains(says), "{xml}: {refused:?}");
+    }
+}

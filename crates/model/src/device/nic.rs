@@ -5,6 +5,7 @@ use crate::{
     Error, Result,
     firewall::{Action, policy},
     keys::parse_bool,
+    network_ports::RateMore,
     options::NicOptions,
     spec::PortSpec,
 };
@@ -216,21 +217,26 @@ fn port(keys: &Keys<'_>) -> Result<PortSpec> {
         }
     }
     let prefix = keys.field("");
+    let (get, field) = (|k: &str| keys.get(k), |k: &str| keys.field(k));
+    let (ingress_limit, egress_limit) = (limit("limits.ingress")?, limit("limits.egress")?);
     Ok(PortSpec {
+        group: keys.get("portgroup").map(str::to_owned),
+        ingress: RateMore::parse("limits.ingress", ingress_limit, &get, &field)?,
+        egress: RateMore::parse("limits.egress", egress_limit, &get, &field)?,
         interface: String::new(),
         mac_filter: flag("security.mac_filtering")?,
         ipv4_filter: flag("security.ipv4_filtering")?,
         ipv6_filter: flag("security.ipv6_filtering")?,
         isolated: flag("security.port_isolation")?,
-        ingress_limit: limit("limits.ingress")?.or(max),
-        egress_limit: limit("limits.egress")?.or(max),
+        ingress_limit: ingress_limit.or(max),
+        egress_limit: egress_limit.or(max),
         priority: keys.number("limits.priority")?,
         policy: policy(&prefix, &|k| keys.get(k), Action::Drop)?,
     })
 }
 
 /// Bits a second, as Incus writes them: `10Mbit`, `1Gibit`, `250kbit`, or a number.
-fn bits(field: &str, text: &str) -> Result<u64> {
+pub(crate) fn bits(field: &str, text: &str) -> Result<u64> {
     let wrong = || {
         Error::invalid(field, format!("{text:?} is not a rate of at least 8kbit, such as 10Mbit or 1Gbit"))
     };

@@ -24,7 +24,11 @@ pub const NIC_KEYS: &[(&str, &str)] = &[
     ("ipv6.host_address", "The host's end of the cable (fe80::1)."),
     ("ipv6.routes", "As `ipv4.routes`."),
     ("limits.egress", "Bits a second that the guest may send, such as `100Mbit`; live."),
+    ("limits.egress.burst", "Bytes that may pass at once beyond that, such as `1MiB`."),
+    ("limits.egress.peak", "Bits a second that such a burst never exceeds."),
     ("limits.ingress", "Bits a second that it may receive; live."),
+    ("limits.ingress.burst", "As `limits.egress.burst`."),
+    ("limits.ingress.peak", "As `limits.egress.peak`."),
     ("limits.max", "Both."),
     ("limits.priority", "Priority of what it sends, 0 to 2147483647."),
     ("mtu", "MTU, 68 to 65535; that of the network."),
@@ -34,6 +38,10 @@ pub const NIC_KEYS: &[(&str, &str)] = &[
     (
         "parent",
         "Bridge or interface of the host, which `network_interfaces` of host-policy.toml grants; a bond is one too.",
+    ),
+    (
+        "portgroup",
+        "Group of ports of the network whose rates it has, where it says none itself; the network's usual one.",
     ),
     ("queue.tx.length", "Packets that may wait on the host's end."),
     ("security.acls", "ACLs, comma-separated."),

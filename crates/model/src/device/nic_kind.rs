@@ -107,7 +107,11 @@ const COMMON: &[&str] = &[
 const CABLE: &[&str] = &[
     "host_name",
     "limits.egress",
+    "limits.egress.burst",
+    "limits.egress.peak",
     "limits.ingress",
+    "limits.ingress.burst",
+    "limits.ingress.peak",
     "limits.max",
     "limits.priority",
     "queue.tx.length",
@@ -127,6 +131,7 @@ const BRIDGE: &[&str] = &[
 ];
 const NETWORK: &[&str] = &[
     "network",
+    "portgroup",
     "security.acls",
     "security.acls.default.egress.action",
     "security.acls.default.egress.logged",

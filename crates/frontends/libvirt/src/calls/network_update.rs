@@ -13,8 +13,9 @@ use crate::{
     session::Call,
     xml::{
         Element,
+        machine::refuse,
         network::{
-            dns, hosts_of,
+            dns, hosts_of, ports,
             read::{self, Host},
         },
         read::document,
@@ -25,6 +26,8 @@ use karst_model::{
     Config,
     network::Network,
     network_names::{DnsHost, DnsService, DnsText, ReservedHost},
+    network_ports::{NetworkPorts, group_of},
+    uplink::NetworkKind,
 };
 
 /// `virNetworkUpdateCommand`
@@ -126,10 +129,8 @@ pub async fn update(call: Call) -> Answered {
             let text = format!("can't update '{name}' section of network '{}'", &*network.name);
             return Err(failed(Code::OperationUnsupported, text));
         }
-        "forward-interface" | "portgroup" => {
-            let text = format!("'{name}' of a network changes by its definition (net-define, net-edit)");
-            return Err(failed(Code::OperationUnsupported, text));
-        }
+        "forward-interface" => forward_interface,
+        "portgroup" => port_group,
         _ => {
             let text = "can't update unrecognized section of network";
             return Err(failed(Code::OperationUnsupported, text));
@@ -357,6 +358,72 @@ fn with_entries(config: &Config, key: &str, all: &[String], between: &str) -> Co
         false => drop(config.insert(key.to_owned(), all.join(between))),
     }
     config
+}
+
+/// A network that leads to an interface of the host has that one.
+fn forward_interface(part: &Part<'_>, config: &Config) -> Result<Config, VirError> {
+    of_element(part, "interface")?;
+    if part.command == Command::Modify {
+        let text = "forward interface entries cannot be modified, only added or deleted";
+        return Err(failed(Code::OperationUnsupported, text));
+    }
+    let network = &*part.network.name;
+    let missing = || failed(Code::XmlError, "missing dev attribute in <interface> element");
+    let device = part.element.attribute("dev").ok_or_else(missing)?;
+    let of_interface = part.network.kind == NetworkKind::Macvlan;
+    let there = of_interface && config.get("parent").is_some_and(|parent| parent == device);
+    match (part.command, there) {
+        (Command::Delete, false) => Err(invalid(format!(
+            "couldn't find an interface entry in network '{network}' matching <interface dev='{device}'>"
+        ))),
+        (Command::Delete, true) => {
+            Err(refuse("interface", "it is what the network leads to; define the network with another"))
+        }
+        (_, true) => Err(invalid(format!(
+            "there is an existing interface entry in network '{network}' that matches \"<interface dev='{device}'>\""
+        ))),
+        (_, false) if of_interface => {
+            Err(refuse("interface", "guests share one interface of the host; a bond is one too"))
+        }
+        (_, false) => Err(refuse(
+            "interface",
+            "what leaves goes where the host's routes lead, not through one interface",
+        )),
+    }
+}
+
+/// A group of ports, whole.
+fn port_group(part: &Part<'_>, config: &Config) -> Result<Config, VirError> {
+    of_element(part, "portgroup")?;
+    let network = &*part.network.name;
+    let (name, keys) = ports::group(part.element)?;
+    let now = NetworkPorts::parse(config)?;
+    let there = now.group(Some(&name)).is_some();
+    match part.command {
+        Command::Modify | Command::Delete if !there => {
+            return Err(invalid(format!(
+                "couldn't find a portgroup entry in network '{network}' matching <portgroup name='{name}'>"
+            )));
+        }
+        Command::AddFirst | Command::AddLast if there => {
+            return Err(invalid(format!(
+                "there is an existing portgroup entry in network '{network}' that matches \"<portgroup name='{name}'>\""
+            )));
+        }
+        _ => {}
+    }
+    let usual = part.element.attribute("default") == Some("yes");
+    if part.command != Command::Delete && usual && now.group(None).is_some_and(|g| g.name != name) {
+        return Err(invalid(format!(
+            "a different portgroup entry in network '{network}' is already set as the default. Only one default is allowed."
+        )));
+    }
+    let mut config = config.clone();
+    config.retain(|key, _| group_of(key) != Some(name.as_str()));
+    if part.command != Command::Delete {
+        config.extend(keys);
+    }
+    Ok(config)
 }
 
 fn range(part: &Part<'_>, config: &Config) -> Result<Config, VirError> {

@@ -591,7 +591,7 @@ const INTERFACE: &[Row] = &[
     ),
     ("@managed", Kept, ""),
     ("mac", When(|e| is(e, "type", &["generated", "static"])), "its type is generated or static"),
-    ("source", When(|e| said(e, "portgroup").is_none()), "networks have no portgroup"),
+    ("source", When(|e| said(e, "portgroup").is_none_or(|p| !p.is_empty())), "a portgroup has a name"),
     // The name that the host gave it, which it gives anew.
     ("target", Kept, ""),
     ("guest", Never, "the guest names its interfaces"),
@@ -608,10 +608,11 @@ const INTERFACE: &[Row] = &[
         "bandwidth",
         When(|e| {
             e.elements().iter().all(|d| {
-                matches!(d.name(), "inbound" | "outbound") && d.attributes().all(|(n, _)| n == "average")
+                let known = |n: &str| matches!(n, "average" | "peak" | "burst");
+                matches!(d.name(), "inbound" | "outbound") && d.attributes().all(|(n, _)| known(n))
             })
         }),
-        "a rate is an average; there is no peak, burst or floor",
+        "a rate is an average, a peak and a burst; nothing is set aside for one interface (floor)",
     ),
     ("boot", When(|e| said(e, "loadparm").is_none()), "is for s390"),
     ("link", Kept, ""),

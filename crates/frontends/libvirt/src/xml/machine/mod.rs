@@ -26,7 +26,7 @@ pub mod sysinfo;
 pub mod tuning;
 pub mod write;
 
-use super::{Element, encryption::SecretName};
+use super::{Element, encryption::SecretName, network::ports::Direction};
 use crate::error::{Code, Part, VirError};
 use karst_model::{
     board::Board,
@@ -242,8 +242,10 @@ pub struct Nic {
     pub addresses: (Option<Ipv4Addr>, Option<Ipv6Addr>),
     /// No traffic with other isolated ports.
     pub isolated: bool,
-    /// To the guest and from it, kbit a second.
-    pub limits: (Option<u64>, Option<u64>),
+    /// To the guest and from it.
+    pub limits: [Direction; 2],
+    /// The network's group of ports that it names.
+    pub group: Option<String>,
     /// Alias that the user gave.
     pub alias: Option<String>,
     /// PCI address.

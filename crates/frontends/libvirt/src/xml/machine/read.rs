@@ -8,7 +8,7 @@ use super::{
 };
 use crate::{
     error::VirError,
-    xml::{Element, encryption, is_name, is_prefix, nwfilter},
+    xml::{Element, domain::ranges, encryption, is_name, is_prefix, network::ports::direction, nwfilter},
 };
 use karst_model::{
     board::{MOST, UsbController, UsbModel, without_usual},
@@ -761,13 +761,6 @@ fn nic(e: &Element, order: &Order) -> Result<Nic, VirError> {
         Some(n) => Some(n.parse().map_err(|_| wrong(format!("MTU '{n}' is no number")))?),
     };
     let bound = e.find("filterref").map(nwfilter::reference).transpose()?;
-    let bandwidth = |name: &str| -> Result<Option<u64>, VirError> {
-        let of = e.find("bandwidth").and_then(|b| b.find(name));
-        let Some(average) = of.and_then(|b| b.attribute("average")) else { return Ok(None) };
-        // KiB a second.
-        let n: u64 = average.parse().map_err(|_| wrong(format!("bandwidth '{average}' is no number")))?;
-        Ok(Some(n.saturating_mul(8192).div_ceil(1000)))
-    };
     Ok(Nic {
         network,
         mac,
@@ -780,7 +773,8 @@ fn nic(e: &Element, order: &Order) -> Result<Nic, VirError> {
         ip_filter: bound.is_some_and(|b| b.filter.ip),
         addresses: bound.map_or((None, None), |b| (b.ipv4, b.ipv6)),
         isolated: e.find("port").is_some_and(|p| p.attribute("isolated") == Some("yes")),
-        limits: (bandwidth("inbound")?, bandwidth("outbound")?),
+        limits: [direction(e, "inbound")?, direction(e, "outbound")?],
+        group: source.and_then(|s| s.attribute("portgroup")).map(str::to_owned),
         alias: alias(e)?,
         pci: e.find("address").and_then(pci_of),
     })

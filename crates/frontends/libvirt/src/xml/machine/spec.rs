@@ -176,8 +176,16 @@ fn nic(keys: &mut Keys, nic: &Nic) {
         set(keys, "ipv6.address", Some(address));
     }
     set(keys, "security.port_isolation", yes(nic.isolated));
-    set(keys, "limits.ingress", nic.limits.0.map(|n| format!("{n}kbit")));
-    set(keys, "limits.egress", nic.limits.1.map(|n| format!("{n}kbit")));
+    set(keys, "portgroup", nic.group.as_ref());
+    let kbit = |n: Option<u64>| n.map(|n| format!("{n}kbit"));
+    let kib = |n: Option<u64>| n.map(|n| format!("{n}KiB"));
+    let [to, from] = nic.limits;
+    set(keys, "limits.ingress", kbit(to.average));
+    set(keys, "limits.ingress.peak", kbit(to.peak));
+    set(keys, "limits.ingress.burst", kib(to.burst));
+    set(keys, "limits.egress", kbit(from.average));
+    set(keys, "limits.egress.peak", kbit(from.peak));
+    set(keys, "limits.egress.burst", kib(from.burst));
 }
 
 fn kernel(keys: &mut Keys, kernel: &Kernel) {

@@ -28,6 +28,7 @@ use karst_model::{
     display::DisplayProtocol,
     instance::{DeviceIdentity, Firmware, Hardware},
     keys::optional_flag,
+    network_ports::RateMore,
 };
 
 /// A machine that is shown.
@@ -854,14 +855,22 @@ fn interface(
         e.set("type", "user");
         e.elements_mut().retain(|inner| inner.name() == "mac");
     }
+    let source = e.elements_mut().iter_mut().find(|inner| inner.name() == "source");
+    if let (Some(source), Some(group)) = (source, &nic.port.group) {
+        source.set("portgroup", group);
+    }
     let model = NIC_MODELS.iter().find(|(_, m)| *m == nic.model).map_or("virtio", |(name, _)| name);
     e.push(Element::new("model").with("type", model));
     let limits = (nic.port.ingress_limit, nic.port.egress_limit);
     if limits != (None, None) {
-        let one = |name: &'static str, bits: u64| Element::new(name).with("average", bits / 8192);
+        let one = |name: &'static str, bits: u64, more: RateMore| {
+            let e = Element::new(name).with("average", bits / 8192);
+            let e = e.with_some("peak", more.peak.map(|b| b / 8192));
+            e.with_some("burst", more.burst.map(|b| b / 1024))
+        };
         let mut all = Element::new("bandwidth");
-        all.push_some(limits.0.map(|b| one("inbound", b)));
-        all.push_some(limits.1.map(|b| one("outbound", b)));
+        all.push_some(limits.0.map(|b| one("inbound", b, nic.port.ingress)));
+        all.push_some(limits.1.map(|b| one("outbound", b, nic.port.egress)));
         e.push(all);
     }
     if nic.port.isolated {

@@ -1,6 +1,7 @@
 //! Networks as XML.
 
 pub mod dns;
+pub mod ports;
 pub mod read;
 
 use super::Element;
@@ -113,6 +114,7 @@ pub fn document_of(network: &Network, guests: &[Arc<InstanceView>], side: Side) 
         e.push(Element::new("domain").with("name", &spec.domain).with_some("localOnly", local));
     }
     e.push_some(dns::written(&spec));
+    e.push_some(ports::rates(&spec.ports));
     let mut hosts = hosts_of(guests, &network.name);
     for kept in &spec.names.reserved {
         if !hosts.iter().any(|h| h.mac == kept.mac && h.address == kept.address) {
@@ -159,6 +161,7 @@ pub fn document_of(network: &Network, guests: &[Arc<InstanceView>], side: Side) 
         let ip = Element::new("ip").with("family", "ipv6").with("address", net.addr());
         e.push(ip.with("prefix", net.prefix_len()));
     }
+    ports::groups(&spec.ports).for_each(|group| e.push(group));
     Ok(e.document())
 }
 

@@ -53,7 +53,7 @@ const SAID: &[&str] = &[
 
 /// Does a document say everything of this key?
 pub fn is_said(key: &str) -> bool {
-    SAID.contains(&key)
+    SAID.contains(&key) || key.starts_with("limits.") || key.starts_with("portgroup.")
 }
 
 /// A network as its document says it.
@@ -468,6 +468,14 @@ pub fn network_again(text: &str, bridge_of: &dyn Fn(&str) -> Option<String>) -> 
                 }
             }
             "dns" => super::dns::read(child, &mut new.config)?,
+            "bandwidth" => super::ports::read_rates(&e, &mut new.config)?,
+            "portgroup" => {
+                let (name, keys) = super::ports::group(child)?;
+                if keys.keys().any(|key| new.config.contains_key(key)) {
+                    return Err(wrong(format!("multiple <portgroup> elements with the name '{name}'")));
+                }
+                new.config.extend(keys);
+            }
             "route" => {
                 let why = "the host routes what ipv4.routes and ipv6.routes say over the bridge itself, to guests of which it is known";
                 return Err(refuse("route", why));
@@ -489,7 +497,8 @@ pub fn network_again(text: &str, bridge_of: &dyn Fn(&str) -> Option<String>) -> 
         }
     } else {
         let none = |e: &&Element| {
-            let own = matches!(e.name(), "ip" | "dns" | "domain" | "mac" | "bridge");
+            let own =
+                matches!(e.name(), "ip" | "dns" | "domain" | "mac" | "bridge" | "bandwidth" | "portgroup");
             own && !(e.name() == "bridge" && new.kind == NetworkKind::HostBridge)
         };
         if let Some(child) = e.elements().iter().find(none) {
@@ -576,7 +585,8 @@ mod tests {
                 "forward interface",
             ),
             ("<forward dev='eth0' mode='bridge'/><ip address='10.0.0.1' prefix='24'/>", "ip"),
-            ("<portgroup name='p'/>", "portgroup"),
+            ("<portgroup name='p'><virtualport/></portgroup>", "portgroup virtualport"),
+            ("<forward dev='eth0' mode='bridge'/><portgroup name='p'/>", "portgroup"),
             ("<dns><cname/></dns>", "dns cname"),
             ("<route address='10.9.0.0' prefix='16' gateway='10.0.0.9'/>", "route"),
             ("<ip address='10.0.0.1' prefix='24'><tftp root='/x'/></ip>", "tftp"),

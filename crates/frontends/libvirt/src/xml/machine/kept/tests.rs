@@ -194,15 +194,15 @@ const SAMPLES: &[(&str, &str, &str, &str)] = &[
         "<interface trustGuestRxFilters='yes'/>",
     ),
     ("interface", "mac", "<mac address='52:54:00:00:00:01'/>", "<mac type='other'/>"),
-    ("interface", "source", "<source network='n'/>", "<source network='n' portgroup='p'/>"),
+    ("interface", "source", "<source network='n' portgroup='p'/>", "<source network='n' portgroup=''/>"),
     ("interface", "driver", "<driver name='vhost' ats='on'/>", "<driver name='vhost' queues='4'/>"),
     ("interface", "driver", "<driver><host csum='off'/></driver>", "<driver><other/></driver>"),
     ("interface", "rom", "<rom enabled='no'/>", "<rom file='/rom'/>"),
     (
         "interface",
         "bandwidth",
-        "<bandwidth><inbound average='1000'/></bandwidth>",
-        "<bandwidth><inbound average='1000' peak='2000'/></bandwidth>",
+        "<bandwidth><inbound average='1000' peak='2000' burst='512'/></bandwidth>",
+        "<bandwidth><inbound average='1000' floor='2000'/></bandwidth>",
     ),
     ("interface", "boot", "<boot order='1'/>", "<boot order='1' loadparm='x'/>"),
 ];
