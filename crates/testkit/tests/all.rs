@@ -18,6 +18,7 @@ mod images;
 mod layers;
 mod limits;
 mod memory_files;
+mod network_life;
 mod node_names;
 mod own_networks;
 mod pool_life;

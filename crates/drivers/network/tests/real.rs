@@ -458,3 +458,109 @@ fn strangers_are_left_alone() {
         assert_eq!(after, before);
     });
 }
+
+#[test]
+fn unplugged_while_their_network_is_stopped() {
+    lab("unplugged_while_their_network_is_stopped", &[], |lab| async move {
+        let (driver, before) = (lab.driver(), lab.trace());
+        let net = network(1, "ktbr0", "10.77.1.1/24", vec![host(MACS[0], "c1", None)]);
+        driver.ensure(&net).await.unwrap();
+        for (n, mac) in ["a", "b"].into_iter().zip(MACS) {
+            lab.plug(n, mac, "ktbr0");
+            assert!(lab.dhcp(n, &[]).is_some());
+        }
+        driver.stop(net.id).await.unwrap();
+        driver.stop(net.id).await.expect("twice is once");
+        assert!(karst_host::link::get("ktbr0").unwrap().is_none() && lab.dnsmasqs().is_empty());
+        for name in ["va", "vb"] {
+            let port = karst_host::link::get(name).unwrap().expect("a guest's interface stays");
+            assert!(!port.up && port.master.is_none(), "{port:?}");
+        }
+        assert_eq!(driver.detached().await.unwrap().into_values().collect::<Vec<_>>(), ["ktbr0"]);
+        assert_eq!(driver.strays().await.unwrap(), Vec::<String>::new());
+        // Another process knows it too. One of the guests ends meanwhile, and another has its interface's name.
+        drop(driver);
+        let driver = lab.driver();
+        driver.adopt().await.unwrap();
+        assert!(karst_host::link::get("ktbr0").unwrap().is_none(), "it is not adopted");
+        karst_host::link::delete("vb").unwrap();
+        run(&["ip", "link", "add", "vb", "type", "veth", "peer", "name", "eth0", "netns", &lab.ns("b")]);
+        driver.ensure(&net).await.unwrap();
+        assert!(lab.reaches("a", "10.77.1.1"), "it is back on its network");
+        assert_eq!(karst_host::link::get("vb").unwrap().unwrap().master, None, "that one was never on it");
+        assert!(driver.detached().await.unwrap().is_empty());
+        driver.stop(net.id).await.unwrap();
+        driver.remove(net.id).await.unwrap();
+        assert!(driver.detached().await.unwrap().is_empty(), "nothing goes back to what is gone");
+        for name in ["va", "vb"] {
+            karst_host::link::delete(name).unwrap();
+        }
+        driver.purge().await.unwrap();
+        assert_eq!(lab.trace(), before);
+    });
+}
+
+#[test]
+fn records_subnets_and_ports_of_ones_own() {
+    lab("records_subnets_and_ports_of_ones_own", &[], |lab| async move {
+        lab.outside();
+        let (driver, before) = (lab.driver(), lab.trace());
+        let keys = [
+            ("ipv4.address", "10.77.1.1/24"),
+            ("ipv4.addresses", "10.77.2.1/24"),
+            ("ipv4.nat", "true"),
+            ("ipv4.nat.address", "192.0.2.1"),
+            ("ipv4.nat.ports", "40000-40999"),
+            ("ipv4.dhcp.hosts", "02:aa:00:00:00:01 10.77.1.77 kept"),
+            ("dns.hosts", "10.77.1.5 www a.example"),
+            ("dns.txt", "note say \"hi\", \\ twice"),
+            ("dns.srv", "ldap tcp - ldap.example 389 1 2"),
+            ("dns.forwarders", "corp.example=192.0.2.53"),
+            ("limits.egress", "100Mbit"),
+            ("limits.egress.peak", "200Mbit"),
+            ("limits.egress.burst", "1MiB"),
+            ("bridge.stp", "false"),
+            ("bridge.forward_delay", "3"),
+        ];
+        let config = keys.iter().map(|(k, v)| (k.to_string(), v.to_string())).collect();
+        let spec = BridgeSpec::parse("ktbr0", &config).unwrap();
+        let net = NetworkSpec {
+            spec,
+            ..network(1, "ktbr0", "10.77.1.1/24", vec![host(MACS[0], "kept", Some("10.77.1.77"))])
+        };
+        driver.ensure(&net).await.unwrap();
+        driver.ensure(&net).await.expect("twice is once");
+        lab.plug("a", MACS[0], "ktbr0");
+        assert_eq!(lab.dhcp("a", &[]).as_deref(), Some("10.77.1.77"));
+        for name in ["www", "www.karst", "a.example"] {
+            assert_eq!(lab.lookup("a", name, "10.77.1.1").as_deref(), Some("10.77.1.5"), "{name}");
+        }
+        let asks = |kind: &str, name: &str| {
+            let kind = format!("-type={kind}");
+            let out = lab.guest("a", &["busybox", "nslookup", &kind, name, "10.77.1.1"]);
+            String::from_utf8_lossy(&out.stdout).into_owned()
+        };
+        // As it was said, whatever stands in it.
+        let text = asks("txt", "note");
+        assert!(text.contains("say") && text.contains("hi") && text.contains("twice"), "{text}");
+        assert!(asks("srv", "_ldap._tcp.karst").contains("ldap.example"));
+        assert!(lab.reaches("a", "10.77.2.1"), "the second address is the host's too");
+        // What leaves has a port out of the range.
+        assert!(lab.reaches("a", "192.0.2.2"));
+        let rules = run(&["nft", "list", "table", "inet", "karst_ab12cd"]);
+        for part in
+            ["tcp snat ip to 192.0.2.1:40000-40999", "udp snat ip to 192.0.2.1:40000-40999", "10.77.2.0/24"]
+        {
+            assert!(rules.contains(part), "{part}: {rules}");
+        }
+        assert!(rules.contains("chain rate_from"), "{rules}");
+        let delay =
+            std::fs::read_to_string("/sys/class/net/ktbr0/bridge/forward_delay").unwrap_or("300".into());
+        assert_eq!(delay.trim(), "300");
+        assert_eq!(driver.strays().await.unwrap(), Vec::<String>::new());
+        karst_host::link::delete("va").unwrap();
+        driver.remove(net.id).await.unwrap();
+        driver.purge().await.unwrap();
+        assert_eq!(lab.trace(), before);
+    });
+}
