@@ -573,6 +573,7 @@ fn cases() -> Vec<Case> {
         network_update SharedEdit |f, c, p| f.w.engine.network_update(c, p, "net1", UpdateNetwork { description: "x".into(), config: f.w.engine.network(&f.w.admin, "default", "net1")?.config.clone(), if_version: None }).await.map(drop);
         network_delete SharedEdit |f, c, p| f.w.engine.network_delete(c, p, "net1").await.map(drop);
         network_rename SharedEdit |f, c, p| f.w.engine.network_rename(c, p, "net1", "net2").await.map(drop);
+        network_demand_change SharedEdit |f, c, p| f.w.engine.network_demand_change(c, p);
         network_stop SharedEdit |f, c, p| f.w.engine.network_stop(c, p, "net1").await.map(drop);
         network_start SharedEdit |f, c, p| { off(&f.w).await?; f.w.engine.network_start(c, p, "net1").await.map(drop) };
         network_start_as SharedEdit |f, c, p| { off(&f.w).await?; let as_is = net1(&f.w)?; f.w.engine.network_start_as(c, p, "net1", &as_is).await.map(drop) };

@@ -173,6 +173,14 @@ impl Engine {
         .await
     }
 
+    /// Says whether somebody may change the networks of a project, before anything is found to be as it was wanted.
+    ///
+    /// # Errors
+    /// Not found, forbidden.
+    pub fn network_demand_change(&self, context: &Context, project: &str) -> Result<()> {
+        self.network_project(context, project).map(drop)
+    }
+
     /// Makes a network on its host, by its definition.
     ///
     /// # Errors

@@ -160,6 +160,7 @@ pub async fn set_life(call: Call) -> Result<Reply> {
         return Err(Error::invalid("active", "say active or autostart: true or false"));
     }
     let (engine, context, project, name) = (call.engine(), &call.context, call.project(), call.param(0));
+    engine.network_demand_change(context, project)?;
     if let Some(autostart) = autostart.filter(|wanted| *wanted != network.autostart()) {
         finished(&engine.network_set_autostart(context, project, name, autostart).await?).await?;
     }
