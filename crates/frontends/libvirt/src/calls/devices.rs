@@ -27,6 +27,7 @@ use karst_model::{
     Config, device::Rates, instance::DeviceIdentity, keys::optional_flag, options::DiskOptions,
     storage::VolumeContent,
 };
+use std::collections::BTreeMap;
 
 fn failed(text: impl Into<String>) -> VirError {
     VirError::new(Code::OperationFailed, crate::error::Part::Qemu, text)
@@ -613,10 +614,15 @@ pub async fn interface_tuning(call: Call) -> Answered {
     let name = interface_of(&side, &which)?;
     let parsed = karst_engine::compute::expand::parse_devices(side.all_devices)?;
     let port = parsed.nics.iter().find(|(n, _)| *n == name).map(|(_, nic)| &nic.port);
-    let average = |bits: Option<u64>| Typed::Uint(bits.map_or(0, |b| (b / 8192) as u32));
+    let rate = |bits: Option<u64>| Typed::Uint(bits.map_or(0, |b| (b / 8192) as u32));
+    let burst = |bytes: Option<u64>| Typed::Uint(bytes.map_or(0, |b| (b / 1024) as u32));
     let of = |field: &str| match field {
-        "inbound.average" => average(port.and_then(|p| p.ingress_limit)),
-        "outbound.average" => average(port.and_then(|p| p.egress_limit)),
+        "inbound.average" => rate(port.and_then(|p| p.ingress_limit)),
+        "inbound.peak" => rate(port.and_then(|p| p.ingress.peak)),
+        "inbound.burst" => burst(port.and_then(|p| p.ingress.burst)),
+        "outbound.average" => rate(port.and_then(|p| p.egress_limit)),
+        "outbound.peak" => rate(port.and_then(|p| p.egress.peak)),
+        "outbound.burst" => burst(port.and_then(|p| p.egress.burst)),
         _ => Typed::Uint(0),
     };
     parameters(BANDWIDTH.map(|f| (f, of(f))).into(), wanted)
@@ -628,17 +634,32 @@ pub async fn set_interface_tuning(call: Call) -> Answered {
         call.arguments(|r| Ok((Named::read_domain(r)?, r.string()?, r.array(16, typed)?, r.u32()?)))?;
     call.known_flags(flags, LIVE | CONFIG)?;
     let view = call.guest(&named)?;
-    let mut keys = vec![("limits.max", None)];
+    let mut keys = BTreeMap::from([("limits.max", None)]);
+    // A direction is said whole: without its peak and burst it has none.
+    for (average, all_of) in [
+        ("inbound.average", ["limits.ingress", "limits.ingress.burst", "limits.ingress.peak"]),
+        ("outbound.average", ["limits.egress", "limits.egress.burst", "limits.egress.peak"]),
+    ] {
+        if all.iter().any(|(field, _)| field == average) {
+            keys.extend(all_of.map(|key| (key, None)));
+        }
+    }
     for (field, value) in &all {
         let n = number(value).ok_or_else(|| VirError::argument(format!("{field} is no number")))?;
-        let key = match field.as_str() {
-            "inbound.average" => "limits.ingress",
-            "outbound.average" => "limits.egress",
+        let (key, size) = match field.as_str() {
+            "inbound.average" => ("limits.ingress", false),
+            "inbound.peak" => ("limits.ingress.peak", false),
+            "inbound.burst" => ("limits.ingress.burst", true),
+            "outbound.average" => ("limits.egress", false),
+            "outbound.peak" => ("limits.egress.peak", false),
+            "outbound.burst" => ("limits.egress.burst", true),
             known if BANDWIDTH.contains(&known) && n == 0 => continue,
-            other => return Err(refuse(other, "interfaces have an average rate; set that")),
+            other => return Err(refuse(other, "nothing is set aside for one interface")),
         };
-        keys.push((key, (n > 0).then(|| format!("{}kbit", n.saturating_mul(8192).div_ceil(1000)))));
+        let kbit = || format!("{}kbit", n.saturating_mul(8192).div_ceil(1000));
+        keys.insert(key, (n > 0).then(|| if size { format!("{n}KiB") } else { kbit() }));
     }
+    let keys: Vec<_> = keys.into_iter().collect();
     let affects = affects(&view, flags)?;
     set_device(&call, &view, affects, |side| Ok((interface_of(side, &which)?, keys.clone()))).await?;
     Ok(nothing())

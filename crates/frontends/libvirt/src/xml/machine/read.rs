@@ -8,7 +8,7 @@ use super::{
 };
 use crate::{
     error::VirError,
-    xml::{Element, domain::ranges, encryption, is_name, is_prefix, network::ports::direction, nwfilter},
+    xml::{Element, encryption, is_name, is_prefix, network::ports::direction, nwfilter},
 };
 use karst_model::{
     board::{MOST, UsbController, UsbModel, without_usual},
