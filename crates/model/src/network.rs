@@ -257,7 +257,10 @@ pub const BRIDGE_KEYS: &[(&str, &str)] = &[
         "bridge.external_interfaces",
         "interfaces of the host that become ports of the bridge, comma-separated; NAME/PARENT/VLAN makes one of a VLAN",
     ),
-    ("bridge.forward_delay", "seconds that a port waits, twice, before it forwards, 0 to 30"),
+    (
+        "bridge.forward_delay",
+        "seconds that a port waits, twice, before it forwards, 0 to 30 (0; with a spanning tree 2)",
+    ),
     ("bridge.hwaddr", "MAC address of the bridge"),
     ("bridge.mtu", "MTU of the bridge, 1280 to 65535"),
     ("bridge.multicast_snooping", "IGMP and MLD snooping (true)"),

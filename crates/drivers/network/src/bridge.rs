@@ -119,8 +119,8 @@ pub(crate) fn ensure(daemon: &str, paths: &Paths, wanted: &Record) -> Result<()>
     }
     if tree(&wanted.spec) || had_tree {
         let on = wanted.spec.stp.unwrap_or(false);
-        // The kernel's own delay where only the tree is said; without a tree nobody waits.
-        link::set_spanning_tree(name, on, wanted.spec.forward_delay.unwrap_or(if on { 15 } else { 0 }))?;
+        // Where no delay is said the least that there is: who starts waits for its address as long.
+        link::set_spanning_tree(name, on, wanted.spec.forward_delay.unwrap_or(0))?;
     }
     settings(paths, wanted)?;
     if !found.up {

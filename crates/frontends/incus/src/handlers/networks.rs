@@ -178,16 +178,17 @@ pub async fn set_life(call: Call) -> Result<Reply> {
 /// Those of the engine.
 pub async fn state(call: Call) -> Result<Reply> {
     let state = call.engine().network_state(&call.context, call.project(), call.param(0)).await?;
-    let bridge =
-        call.engine().network(&call.context, call.project(), call.param(0))?.kind == NetworkKind::Bridge;
+    let network = call.engine().network(&call.context, call.project(), call.param(0))?;
+    let bridge = (network.kind == NetworkKind::Bridge).then(|| network.bridge()).transpose()?;
     let [bytes_received, bytes_sent, packets_received, packets_sent] = state.counters;
     sync(&NetworkStateView {
         addresses: state.addresses.iter().map(AddressView::of).collect(),
         counters: NetworkCounters { bytes_received, bytes_sent, packets_received, packets_sent },
-        bridge: bridge.then(|| BridgeView {
+        bridge: bridge.map(|spec| BridgeView {
             id: format!("8000.{}", state.mac.replace(':', "")),
-            stp: false,
-            forward_delay: 0,
+            stp: spec.stp == Some(true),
+            // Hundredths of a second, as the kernel says it.
+            forward_delay: spec.forward_delay.unwrap_or(0) * 100,
             vlan_default: 0,
             vlan_filtering: false,
             upper_devices: state.ports,
