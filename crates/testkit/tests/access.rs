@@ -268,12 +268,12 @@ fn who(role: Role, project: Option<ProjectId>) -> Context {
     })
 }
 
-/// Who may is told that the instance is a container.
 fn pull() -> karst_engine::compute::disk_copy::merge::MergeDisk {
     use karst_engine::compute::disk_copy::merge::{MergeDisk, MergeLayers};
     MergeDisk { device: None, what: MergeLayers::Pull { base: None }, hold: false, speed: 0 }
 }
 
+/// Who may is told that the instance is a container.
 fn of_a_machine(outcome: Result<()>) -> Result<()> {
     match outcome {
         Err(e) if e.kind == ErrorKind::Unsupported => Ok(()),
