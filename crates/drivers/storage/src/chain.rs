@@ -119,7 +119,7 @@ async fn blank(path: &Path, size: u64) -> Result<()> {
 }
 
 impl FilePool {
-    async fn layered(&self, volume: VolumeId) -> Result<(PathBuf, Record)> {
+    async fn disk_state(&self, volume: VolumeId) -> Result<(PathBuf, Record)> {
         let record = self.known(volume, None).await?;
         if !record.content.is_disk() {
             return Err(Error::unsupported("a file system has no layers of this kind; disks have"));
@@ -131,15 +131,15 @@ impl FilePool {
 #[async_trait]
 impl DiskLayers for FilePool {
     async fn chain(&self, volume: VolumeId) -> Result<Vec<u32>> {
-        Ok(self.layered(volume).await?.1.numbers())
+        Ok(self.disk_state(volume).await?.1.numbers())
     }
 
     async fn has_base(&self, volume: VolumeId) -> Result<bool> {
-        Ok(self.layered(volume).await?.1.based)
+        Ok(self.disk_state(volume).await?.1.based)
     }
 
     async fn add(&self, volume: VolumeId, number: u32) -> Result<()> {
-        let (state, mut record) = self.layered(volume).await?;
+        let (state, mut record) = self.disk_state(volume).await?;
         let mut numbers = record.numbers();
         if numbers.contains(&number) {
             return Ok(());
@@ -166,7 +166,7 @@ impl DiskLayers for FilePool {
     }
 
     async fn take_back(&self, volume: VolumeId, number: u32) -> Result<()> {
-        let (state, mut record) = self.layered(volume).await?;
+        let (state, mut record) = self.disk_state(volume).await?;
         if number == 0 || !record.chain.contains(&number) {
             return Ok(());
         }
@@ -178,7 +178,7 @@ impl DiskLayers for FilePool {
     }
 
     async fn keep(&self, volume: VolumeId, left: &[u32]) -> Result<()> {
-        let (state, mut record) = self.layered(volume).await?;
+        let (state, mut record) = self.disk_state(volume).await?;
         let before = record.numbers();
         let numbers: Vec<u32> = before.iter().copied().filter(|n| left.contains(n)).collect();
         if numbers.is_empty() {
@@ -193,7 +193,7 @@ impl DiskLayers for FilePool {
     }
 
     async fn leave_base(&self, volume: VolumeId) -> Result<()> {
-        let (state, mut record) = self.layered(volume).await?;
+        let (state, mut record) = self.disk_state(volume).await?;
         record.based = false;
         blocking(move || settle(&state, record)).await
     }

@@ -210,7 +210,7 @@ pub(crate) fn open_disk(disk: &ResolvedDisk) -> Result<(OwnedFd, Option<OwnedFd>
 
 /// Descriptors of the files below that of a disk in layers, the next one first. They can be written: a merge does.
 pub(crate) fn open_lower(disk: &ResolvedDisk) -> Result<Vec<OwnedFd>> {
-    let open = |lower: &LowerFile| {
+    let open = |lower: &LowerFile| -> Result<OwnedFd> {
         let flags = libc::O_NOFOLLOW | libc::O_NONBLOCK;
         let file = File::options().read(true).write(true).custom_flags(flags).open(&lower.path)?;
         if !file.metadata()?.is_file() {

@@ -176,4 +176,5 @@ async fn layers_come_and_go_below_a_guest_that_writes() {
     assert_eq!(shell.run(SUM), sum, "one file is the disk");
     driver.stop(id, StopMode::Force).await.unwrap();
     driver.destroy(id).await.unwrap();
+    place.assert_clean();
 }

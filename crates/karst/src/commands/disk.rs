@@ -133,12 +133,12 @@ impl Disk {
             }
             Self::Commit(Commit { instance, device, top, base }) => {
                 let body = said(&[("device", &device), ("top", &top), ("base", &base)]);
-                let at = Url::new(&["karst", "instances", &instance, "layers", "commit"]);
+                let at = Url::new(&["karst", "instances", instance.as_str(), "layers", "commit"]);
                 work(context, &instance, at, body, "committing layers of").await
             }
             Self::Pull(Pull { instance, device, base }) => {
                 let body = said(&[("device", &device), ("base", &base)]);
-                let at = Url::new(&["karst", "instances", &instance, "layers", "pull"]);
+                let at = Url::new(&["karst", "instances", instance.as_str(), "layers", "pull"]);
                 work(context, &instance, at, body, "pulling layers of").await
             }
         }
