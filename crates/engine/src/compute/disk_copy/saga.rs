@@ -255,7 +255,8 @@ impl CopyPlan {
                     DiskCopyPhase::Pivoted => {
                         unfinished += 1;
                         tracing::warn!(instance = %self.guest.instance, error = %e, context = e.context, "a machine goes over to the copy of its disk, and the host does not bring that to its end");
-                        if unfinished >= UNFINISHED {
+                        // What is left of a disk in layers has to be with its pool before anybody starts from it.
+                        if unfinished >= UNFINISHED && self.merge.is_none() {
                             return Ok(());
                         }
                     }
@@ -284,6 +285,9 @@ impl CopyPlan {
             return Ok(false);
         }
         if let Err(e) = self.end(cx, DiskCopyEnd::Pivot).await {
+            if self.merge.is_some() {
+                return Err(e);
+            }
             tracing::warn!(instance = %self.guest.instance, error = %e, context = e.context, "a machine may stand still for the end of a copy of its disk; stop it and start it again");
         }
         cx.engine.transact(|records, tx| self.switch(records, tx)).await?;
