@@ -522,10 +522,14 @@ impl Disk {
         side: Side,
         nodes: impl IntoIterator<Item = &'a String>,
     ) -> Vec<String> {
-        let begins = format!("{}.l", side.name('i', slot));
-        let number = |node: &String| node.strip_prefix(&begins)?.parse::<u32>().ok();
+        let begins = ['i', 'f'].map(|kind| format!("{}.l", side.name(kind, slot)));
+        let number = |node: &String| {
+            let rest = begins.iter().find_map(|b| node.strip_prefix(b.as_str()))?;
+            rest.parse::<u32>().ok()
+        };
         let mut numbers: Vec<u32> = nodes.into_iter().filter_map(number).collect();
         numbers.sort_unstable_by(|a, b| b.cmp(a));
+        numbers.dedup();
         let both = |n: u32| ['i', 'f'].map(|kind| side.of_layer(kind, slot, n));
         numbers.into_iter().flat_map(both).collect()
     }
