@@ -23,6 +23,7 @@ use crate::{
     driver::apart,
     filling::FileFilling,
     flush,
+    growth::grow_raw,
     hold::Hold,
     layers::{self, Opened},
     places,
@@ -299,34 +300,7 @@ impl FilePool {
         }
     }
 
-    /// Makes the file of a disk larger; the record is the caller's.
-    async fn grow(&self, state: &Path, record: &Record, size: ByteSize) -> Result<()> {
-        let disk = state.join(record.disk());
-        if record.active_format() == Format::Raw {
-            return blocking(move || grow_raw(&disk, size.0)).await;
-        }
-        let (at, grown) = (state.to_owned(), disk.clone());
-        let layer = record.active() > 0;
-        // The worker has no guest's ids.
-        blocking(move || {
-            // Those of a machine that was killed would keep it from growing; no instance has checkpoints in them now.
-            states::forget_bitmaps(&grown)?;
-            if layer {
-                states::forget_backing(&grown)?;
-            }
-            states::give(&at, 0)
-        })
-        .await?;
-        let mut sandbox = self.sandbox().writable("disk.img", open(&disk, true)?);
-        if record.based && !layer {
-            sandbox = sandbox.readable("base.img", open(&state.join("base.img"), false)?);
-        }
-        let size = size.0.to_string();
-        let args = ["resize", "-q", "-f", "qcow2", "/disk.img", &size];
-        done(sandbox.exec(Program::QemuImg, &args).await?)
-    }
-
-    fn sandbox(&self) -> Sandbox {
+    pub(crate) fn sandbox(&self) -> Sandbox {
         Sandbox::new(&self.worker)
     }
 
@@ -460,7 +434,7 @@ fn sync_parent(of: &Path) -> Result<()> {
     Ok(File::open(of.parent().unwrap_or(of))?.sync_all()?)
 }
 
-fn open(path: &Path, write: bool) -> Result<std::os::fd::OwnedFd> {
+pub(crate) fn open(path: &Path, write: bool) -> Result<std::os::fd::OwnedFd> {
     let flags = rustix::fs::OFlags::NOFOLLOW.bits() as i32;
     Ok(File::options().read(true).write(write).custom_flags(flags).open(path)?.into())
 }
@@ -478,12 +452,6 @@ pub(crate) fn grown_size(wanted: Option<ByteSize>, source: u64) -> Result<u64> {
         ));
     }
     Ok(size)
-}
-
-fn grow_raw(disk: &Path, size: u64) -> Result<()> {
-    let disk = File::options().write(true).open(disk)?;
-    disk.set_len(size)?;
-    Ok(disk.sync_all()?)
 }
 
 /// A qcow2 disk as `disk.img` in `to`, raw, by a worker that sees nothing else.
@@ -528,7 +496,7 @@ pub(crate) fn full(e: Error) -> Error {
     }
 }
 
-fn done(ended: karst_host::sandbox::Ended) -> Result<()> {
+pub(crate) fn done(ended: karst_host::sandbox::Ended) -> Result<()> {
     ended.ok("qemu-img").map(drop).map_err(full)
 }
 

@@ -9,6 +9,7 @@ mod driver;
 pub mod files;
 mod filling;
 mod flush;
+mod growth;
 mod hold;
 mod layers;
 mod luks;
