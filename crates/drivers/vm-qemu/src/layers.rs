@@ -73,7 +73,7 @@ async fn drop_unused(qmp: &Qmp, disk: &ResolvedDisk, side: Side, number: u32) ->
             continue;
         }
         match qmp.execute("blockdev-del", json!({"node-name": name})).await {
-            Err(e) if e.context.as_deref().is_some_and(|c| c.contains("in use")) => return Ok(false),
+            Err(e) if plug::is_in_use(&e) => return Ok(false),
             other => drop(other?),
         }
     }

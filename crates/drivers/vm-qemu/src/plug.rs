@@ -228,13 +228,17 @@ pub(crate) async fn clear_nodes(qmp: &Qmp, slot: &str, side: Side) -> Result<()>
     remove_sets(qmp, |set| set == b || layer_set(a, layer_of_set(a, set)) == set).await
 }
 
+/// Does QEMU refuse to take a node away because something has it, a device, or a node over it?
+pub(crate) fn is_in_use(e: &Error) -> bool {
+    e.context.as_deref().is_some_and(|c| c.contains("in use") || c.contains("is busy"))
+}
+
 /// Takes a node from QEMU that nothing has any more.
 pub(crate) async fn delete_node(qmp: &Qmp, node: &str) -> Result<()> {
     // A device that has gone lets go of its node a little later.
     let until = Instant::now() + GREETING;
     while let Err(e) = qmp.execute("blockdev-del", json!({"node-name": node})).await {
-        let busy = e.context.as_deref().is_some_and(|c| c.contains("in use"));
-        if !busy || Instant::now() >= until {
+        if !is_in_use(&e) || Instant::now() >= until {
             return Err(e);
         }
         sleep(LOOK).await;
