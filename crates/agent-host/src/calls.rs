@@ -112,6 +112,7 @@ impl RealAgent {
             if spec.kind == InstanceKind::Container && spec.security.nesting {
                 self.pool(spec.root.pool)?.flatten(spec.root.volume).await?;
             }
+            self.settle_merges(&spec).await?;
             let mut guest = self.resolve(spec, &record, &networks).await?;
             self.options.policy.demand_render_node(guest.machine.as_ref())?;
             guest.kernel = self.kernel(&guest).await?;

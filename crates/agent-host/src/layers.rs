@@ -7,7 +7,7 @@ use crate::{
 };
 use karst_agent::{FASTEST, MOST_AT_ONCE, MachineLayersAdd, MachineMergeBegin, MachineMergeEnd};
 use karst_guest::{DiskChain, DiskCopyEnd, DiskMerge, DiskMerges, GuestDriver, LowerFile, NewLayer};
-use karst_model::{Error, Result, VolumeId, layer::Merge, storage::VolumeContent};
+use karst_model::{Error, Result, VolumeId, layer::Merge, spec::GuestSpec, storage::VolumeContent};
 use karst_storage::{ChainFile, DiskLayers, FileChain, PoolDriver};
 use std::{collections::BTreeSet, sync::Arc};
 use tokio::sync::OwnedMutexGuard;
@@ -152,6 +152,29 @@ impl RealAgent {
         let _lock = self.lock(request.instance.0).await;
         let _volumes = self.lock_all(&request).await;
         self.drop_layers(&request).await
+    }
+
+    /// Lets the pools have what merges have left of a guest's disks, before it is started from them: whoever merged may not have come
+    /// to that.
+    pub(crate) async fn settle_merges(&self, spec: &GuestSpec) -> Result<()> {
+        let Some(driver) = self.driver(spec.kind)?.disk_merges() else { return Ok(()) };
+        for merged in driver.merged(spec.instance).await? {
+            let root = (spec.root.volume == merged.volume).then_some(spec.root.pool);
+            let mut disks = spec.disks.iter().filter_map(|d| d.volume());
+            let pool = root.or_else(|| disks.find(|(_, v)| *v == merged.volume).map(|(pool, _)| pool));
+            let Some(pool) = pool else { continue };
+            let pool = self.pool(pool)?;
+            let Some(layers) = pool.disk_layers() else { continue };
+            let chain = layers.chain(merged.volume).await?;
+            if chain.iter().any(|n| merged.gone.contains(n)) {
+                let left: Vec<u32> = chain.into_iter().filter(|n| !merged.gone.contains(n)).collect();
+                layers.keep(merged.volume, &left).await?;
+            }
+            if merged.alone && layers.has_base(merged.volume).await? {
+                layers.leave_base(merged.volume).await?;
+            }
+        }
+        Ok(())
     }
 
     pub(crate) async fn begin_merge(&self, request: MachineMergeBegin) -> Result<()> {

@@ -300,6 +300,17 @@ pub struct DiskMerge {
     pub speed: u64,
 }
 
+/// What a merge has left of a disk.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct MergedDisk {
+    /// The volume that is the disk.
+    pub volume: VolumeId,
+    /// The numbers of its files that are not of it any more.
+    pub gone: Vec<u32>,
+    /// Nothing lies below the lowest any more, no image either.
+    pub alone: bool,
+}
+
 /// Puts layers over disks of guests that run, and merges them. One call at a time for each guest matters; all may be called again
 /// after a crash.
 #[async_trait]
@@ -314,6 +325,10 @@ pub trait DiskMerges: Send + Sync {
     /// be [`DiskCopies::set_speed`] says and [`DiskCopies::end`] ends it, by this name: the guest's disk is what is left after
     /// a pivot, and what it was after all else. One that does not take the active layer away is ready when it has ended.
     async fn merge(&self, instance: InstanceId, merge: DiskMerge) -> Result<()>;
+
+    /// Merges that the guest went on from since its last start, also of one that has ended: what it is started from next is
+    /// what they have left.
+    async fn merged(&self, instance: InstanceId) -> Result<Vec<MergedDisk>>;
 }
 
 /// What of a guest's memory is to be written.

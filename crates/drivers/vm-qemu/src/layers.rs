@@ -15,7 +15,9 @@ use crate::{
     qmp::Qmp,
 };
 use async_trait::async_trait;
-use karst_guest::{DiskChain, DiskFormat, DiskMerge, DiskMerges, LowerFile, NewLayer, ResolvedDisk};
+use karst_guest::{
+    DiskChain, DiskFormat, DiskMerge, DiskMerges, LowerFile, MergedDisk, NewLayer, ResolvedDisk,
+};
 use karst_model::{Error, InstanceId, Result, instance::RuntimeState};
 use serde_json::{Value, json};
 use std::{os::fd::AsFd, time::Duration};
@@ -199,6 +201,12 @@ impl DiskMerges for QemuDriver {
         let slot = self.shared.slot(instance);
         let _changing = slot.changing.lock().await;
         copies::merges::begin(&machine, merge).await
+    }
+
+    async fn merged(&self, instance: InstanceId) -> Result<Vec<MergedDisk>> {
+        let dir = self.shared.dir(instance);
+        let found = tokio::task::spawn_blocking(move || copies::merges::merged(&dir)).await;
+        found.map_err(|e| Error::internal("the merges of a guest's disks are not known", e))?
     }
 }
 

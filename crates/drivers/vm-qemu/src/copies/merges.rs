@@ -11,7 +11,7 @@ use crate::{
     bitmaps,
     devices::{fd_sets, layer_set},
 };
-use karst_guest::{DiskMerge, LowerFile};
+use karst_guest::{DiskMerge, LowerFile, MergedDisk};
 use karst_model::layer::{Base, Merge};
 
 /// What is made one.
@@ -217,6 +217,18 @@ pub(super) async fn change_over(machine: &Inner, entry: &Copying, asked: &mut bo
         record.root.clone_from(&entry.disk.path);
     }
     record.write(&machine.dir)
+}
+
+/// What is left of disks of a machine by merges since its last start.
+pub(crate) fn merged(dir: &Path) -> Result<Vec<MergedDisk>> {
+    let of = |entry: Copying| {
+        let merging = entry.merge.filter(|_| entry.stage == Stage::Pivoted)?;
+        let left = chain(&entry.disk);
+        let gone = merging.chain.iter().copied().filter(|n| !left.contains(n)).collect();
+        let alone = merging.merge == (Merge::Pull { base: None });
+        Some(MergedDisk { volume: entry.to, gone, alone })
+    };
+    Ok(read(dir)?.into_iter().filter_map(of).collect())
 }
 
 /// Takes from QEMU what is not of the disk any more: the job, and nodes and descriptors of the files that went.

@@ -583,7 +583,10 @@ async fn a_machine_that_dies_at_its_pivot_begins_from_what_is_written_down() {
     assert_eq!(state(place.dir.path(), None, volume(1)).await.unwrap().phase, DiskCopyPhase::Gone);
     let gone = end(place.dir.path(), None, volume(1), DiskCopyEnd::Pivot).await.unwrap_err();
     assert!(gone.is(ErrorKind::Conflict), "{gone}");
+    assert_eq!(merges::merged(place.dir.path()).unwrap(), [], "nothing is left of it yet");
     place.end(DiskCopyEnd::Pivot).await.unwrap();
     assert_eq!(state(place.dir.path(), None, volume(1)).await.unwrap().phase, DiskCopyPhase::Pivoted);
     end(place.dir.path(), None, volume(1), DiskCopyEnd::Pivot).await.unwrap();
+    let left = karst_guest::MergedDisk { volume: volume(1), gone: vec![5], alone: false };
+    assert_eq!(merges::merged(place.dir.path()).unwrap(), [left]);
 }
