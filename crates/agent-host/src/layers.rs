@@ -166,12 +166,11 @@ impl RealAgent {
             let pool = self.pool(pool)?;
             let Some(layers) = pool.disk_layers() else { continue };
             let chain = layers.chain(merged.volume).await?;
-            if chain.iter().any(|n| merged.gone.contains(n)) {
+            // Only of a chain that is as it was before: numbers are given once, so what has another has been written down since, or
+            // is another disk by now.
+            if merged.before.iter().all(|n| chain.contains(n)) {
                 let left: Vec<u32> = chain.into_iter().filter(|n| !merged.gone.contains(n)).collect();
                 layers.keep(merged.volume, &left).await?;
-            }
-            if merged.alone && layers.has_base(merged.volume).await? {
-                layers.leave_base(merged.volume).await?;
             }
         }
         Ok(())

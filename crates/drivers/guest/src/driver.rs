@@ -305,10 +305,10 @@ pub struct DiskMerge {
 pub struct MergedDisk {
     /// The volume that is the disk.
     pub volume: VolumeId,
-    /// The numbers of its files that are not of it any more.
+    /// The numbers of its files before.
+    pub before: Vec<u32>,
+    /// Those that are not of it any more.
     pub gone: Vec<u32>,
-    /// Nothing lies below the lowest any more, no image either.
-    pub alone: bool,
 }
 
 /// Puts layers over disks of guests that run, and merges them. One call at a time for each guest matters; all may be called again

@@ -225,8 +225,7 @@ pub(crate) fn merged(dir: &Path) -> Result<Vec<MergedDisk>> {
         let merging = entry.merge.filter(|_| entry.stage == Stage::Pivoted)?;
         let left = chain(&entry.disk);
         let gone = merging.chain.iter().copied().filter(|n| !left.contains(n)).collect();
-        let alone = merging.merge == (Merge::Pull { base: None });
-        Some(MergedDisk { volume: entry.to, gone, alone })
+        Some(MergedDisk { volume: entry.to, before: merging.chain, gone })
     };
     Ok(read(dir)?.into_iter().filter_map(of).collect())
 }

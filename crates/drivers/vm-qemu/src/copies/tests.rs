@@ -587,6 +587,6 @@ async fn a_machine_that_dies_at_its_pivot_begins_from_what_is_written_down() {
     place.end(DiskCopyEnd::Pivot).await.unwrap();
     assert_eq!(state(place.dir.path(), None, volume(1)).await.unwrap().phase, DiskCopyPhase::Pivoted);
     end(place.dir.path(), None, volume(1), DiskCopyEnd::Pivot).await.unwrap();
-    let left = karst_guest::MergedDisk { volume: volume(1), gone: vec![5], alone: false };
+    let left = karst_guest::MergedDisk { volume: volume(1), before: vec![0, 2, 5], gone: vec![5] };
     assert_eq!(merges::merged(place.dir.path()).unwrap(), [left]);
 }
