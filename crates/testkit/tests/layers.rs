@@ -1,6 +1,7 @@
 //! Layers of disks of virtual machines, over a simulated host: what the records say of them, what is refused meanwhile, and what merges,
 //! stops and an executor that is killed make of them.
 
+use karst_agent::Fault;
 use karst_engine::{
     LiveOperation,
     checkpoints::CreateCheckpoint,
@@ -18,7 +19,7 @@ use karst_engine::{
 };
 use karst_env::{Env, SeededEnv};
 use karst_model::{
-    ErrorKind, Result,
+    Error, ErrorKind, Result,
     guest::{DiskCopyEnd, DiskCopyPhase},
     instance::{InstanceKind, PowerAction},
     operation::OperationState,
@@ -218,5 +219,37 @@ fn an_executor_that_is_killed_at_any_moment_of_a_merge_is_followed() {
             let faults = w.faults().await;
             assert!(faults.is_empty(), "{moment:?}: {faults:?}");
         });
+    }
+}
+
+#[test]
+fn an_answer_that_is_lost_is_asked_for_again() {
+    for call in ["machine_layers_add", "machine_merge_begin", "machine_merge_end"] {
+        for hangs in [false, true] {
+            SeededEnv::run(45, move |env| async move {
+                let w = world(&env).await;
+                done(&w, layer(&w, Some("s1"), None).await).await;
+                let lost = Error::unavailable("lost on its way");
+                w.agent.inject(call, if hangs { Fault::HangAfter } else { Fault::FailAfter(lost) });
+                done(&w, layer(&w, Some("s2"), None).await).await;
+                assert_eq!(names(&w), ["instances/m.s1", "instances/m.s2"], "{call}");
+                let merged = merge(&w, commit(None, LayerName::Lowest), false).await.unwrap();
+                let ended = w.ended(merged).await;
+                // A begin of which nobody heard is taken back, an end of which nobody heard is an end.
+                match call {
+                    "machine_merge_begin" => {
+                        assert!(ended.error.is_some(), "{call}");
+                        assert_eq!(names(&w).len(), 2, "{call}");
+                    }
+                    _ => {
+                        assert_eq!(ended.error, None, "{call}");
+                        assert!(names(&w).is_empty(), "{call}");
+                    }
+                }
+                assert_eq!(w.agent.faults_left(), 0, "{call}");
+                let faults = w.faults().await;
+                assert!(faults.is_empty(), "{call}: {faults:?}");
+            });
+        }
     }
 }
