@@ -700,12 +700,12 @@ calls! {
         machine.set_memory_period(guest.instance, seconds).await.map_err(as_state(guest.instance))
     }
     read machine_dirty_rate(me, request: DirtyRateRequest) -> () {
-        let DirtyRateRequest { instance, seconds } = request;
+        let DirtyRateRequest { instance, seconds, mode } = request;
         let machine = me.machine(instance)?;
         if !(1..=60).contains(&seconds) {
             return Err(Error::invalid("seconds", "memory is watched for 1 to 60 seconds"));
         }
-        machine.measure_dirty_rate(instance, seconds).await.map_err(as_state(instance))
+        machine.measure_dirty_rate(instance, seconds, mode).await.map_err(as_state(instance))
     }
 
     read entry_expected(me, _request: ()) -> () {

@@ -26,8 +26,8 @@ use karst_model::{
     SnapshotId, VolumeId,
     audit::{AuditEntry, AuditHead, AuditRange, AuditRecord, AuditVerdict},
     guest::{
-        Applied, CheckpointMark, DiskBackupState, DiskCopyState, ExecRequest, FileInfo, FileWrite,
-        MachineFigures, Metrics, MonitorAnswer, Observed, StopMode, ThresholdReached,
+        Applied, CheckpointMark, DirtyRateMode, DiskBackupState, DiskCopyState, ExecRequest, FileInfo,
+        FileWrite, MachineFigures, Metrics, MonitorAnswer, Observed, StopMode, ThresholdReached,
     },
     history::Series,
     image::{DiskFormat, ImageFacts},
@@ -931,6 +931,9 @@ pub struct DirtyRateRequest {
     pub instance: InstanceId,
     /// How long, 1 to 60 seconds.
     pub seconds: u32,
+    /// How.
+    #[serde(default)]
+    pub mode: DirtyRateMode,
 }
 
 /// Keys to press, one chord after the other.

@@ -225,6 +225,41 @@ pub struct DirtyRate {
     pub seconds: i32,
     /// MiB a second, when it is done.
     pub rate: Option<i64>,
+    /// How it is found out.
+    #[serde(default)]
+    pub mode: DirtyRateMode,
+    /// The same of each processor by its number, where that is told.
+    #[serde(default)]
+    pub processors: Vec<(u32, i64)>,
+}
+
+/// How it is found out how fast a machine writes memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, Default)]
+#[serde(rename_all = "snake_case")]
+pub enum DirtyRateMode {
+    /// Some of it is looked at twice.
+    #[default]
+    PageSampling,
+    /// What is written is noted for the time.
+    DirtyBitmap,
+    /// KVM notes it by processor, in the ring of `hardware.features` (dirty-ring).
+    DirtyRing,
+}
+
+impl DirtyRateMode {
+    /// As QEMU calls it.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::PageSampling => "page-sampling",
+            Self::DirtyBitmap => "dirty-bitmap",
+            Self::DirtyRing => "dirty-ring",
+        }
+    }
+
+    /// By that name.
+    pub fn named(name: &str) -> Option<Self> {
+        [Self::PageSampling, Self::DirtyBitmap, Self::DirtyRing].into_iter().find(|m| m.as_str() == name)
+    }
 }
 
 /// What QEMU says to a command of its monitor.

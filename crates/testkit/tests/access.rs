@@ -491,7 +491,7 @@ fn cases() -> Vec<Case> {
         machine_threshold Use |f, c, p| of_a_machine(f.w.engine.machine_threshold(c, p, "run", "scsi0", 1).await);
         machine_memory_period Use |f, c, p| of_a_machine(f.w.engine.machine_memory_period(c, p, "run", 1).await);
         instance_neighbours View |f, c, p| f.w.engine.instance_neighbours(c, p, "run").await.map(drop);
-        machine_dirty_rate Use |f, c, p| of_a_machine(f.w.engine.machine_dirty_rate(c, p, "run", 1).await);
+        machine_dirty_rate Use |f, c, p| of_a_machine(f.w.engine.machine_dirty_rate(c, p, "run", (1, Default::default())).await);
         machine_monitor ServerEdit |f, c, p| of_a_machine(f.w.engine.machine_monitor(c, HERE, "run", "query-status", serde_json::json!({})).await.map(drop));
         machine_events ServerEdit |f, c, p| f.w.engine.machine_events(c).await.map(drop);
         file_open Use |f, c, p| f.w.engine.file_open(c, p, "run", "/").await.map(drop);

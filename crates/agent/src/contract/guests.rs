@@ -577,7 +577,7 @@ async fn machine_only(guest: &Guest<'_>) {
         refused(agent.machine_interrupt(&s.read(), guest.at()).await, ErrorKind::Unsupported);
         refused(agent.guest_agent(&s.read(), of_agent("guest-ping")).await, ErrorKind::Unsupported);
         refused(agent.machine_monitor(&s.read(), monitor("query-status")).await, ErrorKind::Unsupported);
-        let rate = DirtyRateRequest { instance, seconds: 1 };
+        let rate = DirtyRateRequest { instance, seconds: 1, mode: Default::default() };
         refused(agent.machine_dirty_rate(&s.read(), rate).await, ErrorKind::Unsupported);
         let threshold = DiskThresholdSet { guest: guest.at(), slot: guest.spec.root.slot.clone(), bytes: 1 };
         refused(agent.machine_threshold(&s.read(), threshold).await, ErrorKind::Unsupported);
@@ -631,7 +631,7 @@ async fn machine_only(guest: &Guest<'_>) {
     let first: MonitorEvent = serde_json::from_str(heard.lines().next().unwrap()).unwrap();
     assert_eq!(first.instance, instance);
     thresholds(guest).await;
-    let rate = |seconds| DirtyRateRequest { instance, seconds };
+    let rate = |seconds| DirtyRateRequest { instance, seconds, mode: Default::default() };
     refused(agent.machine_dirty_rate(&s.read(), rate(0)).await, ErrorKind::Invalid);
     agent.machine_dirty_rate(&s.read(), rate(1)).await.unwrap();
     s.until("how fast it writes memory", s.boot, async || {

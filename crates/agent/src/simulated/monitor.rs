@@ -11,7 +11,7 @@ use crate::{
 };
 use karst_model::{
     Error, InstanceId, Result,
-    guest::{DirtyRate, MemoryInside, MonitorAnswer, MonitorEvent, ThresholdReached},
+    guest::{DirtyRate, DirtyRateMode, MemoryInside, MonitorAnswer, MonitorEvent, ThresholdReached},
     instance::RuntimeState,
 };
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
@@ -148,13 +148,21 @@ impl State {
         if !(1..=60).contains(&request.seconds) {
             return Err(Error::invalid("seconds", "memory is watched for 1 to 60 seconds"));
         }
-        self.dirty_rates.insert(request.instance, (guest.pid, request.seconds));
+        self.dirty_rates.insert(request.instance, (guest.pid, request.seconds, request.mode));
         Ok(())
     }
 
     /// What was measured since this start.
     pub fn dirty_rate(&self, instance: InstanceId, pid: u32) -> Option<DirtyRate> {
-        let (_, seconds) = self.dirty_rates.get(&instance).filter(|(of, _)| *of == pid)?;
-        Some(DirtyRate { measured: true, started: 1, seconds: *seconds as i32, rate: Some(3) })
+        let (_, seconds, mode) = *self.dirty_rates.get(&instance).filter(|(of, ..)| *of == pid)?;
+        let processors = if mode == DirtyRateMode::DirtyRing { vec![(0, 3)] } else { vec![] };
+        Some(DirtyRate {
+            measured: true,
+            started: 1,
+            seconds: seconds as i32,
+            rate: Some(3),
+            mode,
+            processors,
+        })
     }
 }

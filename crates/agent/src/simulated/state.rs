@@ -68,7 +68,7 @@ pub(super) struct State {
     pub monitored: BTreeMap<InstanceId, u32>,
     pub followers: Vec<File>,
     /// Measurements of how fast memory is written, by start.
-    pub dirty_rates: BTreeMap<InstanceId, (u32, u32)>,
+    pub dirty_rates: BTreeMap<InstanceId, (u32, u32, karst_model::guest::DirtyRateMode)>,
     /// How often machines are to tell of their memory, where that was said.
     pub memory_periods: BTreeMap<InstanceId, u32>,
     /// Passphrases that were handed over for calls to come.

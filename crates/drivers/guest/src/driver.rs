@@ -14,10 +14,10 @@ use std::{collections::BTreeMap, fmt, net::SocketAddr, os::fd::OwnedFd, path::Pa
 use tokio::sync::{broadcast, mpsc};
 
 pub use karst_model::guest::{
-    Applied, AskedBy, Details, DirtyRate, DiskBackupPhase, DiskBackupState, DiskCopyEnd, DiskCopyPhase,
-    DiskCopyState, DiskCounters, ExecRequest, FileInfo, FileKind, FileWrite, FilesystemFigures, GuestWish,
-    Interface, MachineFigures, Metrics, MonitorAnswer, MonitorEvent, Observed, ProcessorTimes, StopMode,
-    ThresholdReached, scratch_size,
+    Applied, AskedBy, Details, DirtyRate, DirtyRateMode, DiskBackupPhase, DiskBackupState, DiskCopyEnd,
+    DiskCopyPhase, DiskCopyState, DiskCounters, ExecRequest, FileInfo, FileKind, FileWrite,
+    FilesystemFigures, GuestWish, Interface, MachineFigures, Metrics, MonitorAnswer, MonitorEvent, Observed,
+    ProcessorTimes, StopMode, ThresholdReached, scratch_size,
 };
 
 /// A kind of guest on this host. Implementations pass one contract suite.
@@ -175,7 +175,8 @@ pub trait GuestMachine: Send + Sync {
     async fn set_memory_period(&self, instance: InstanceId, seconds: u32) -> Result<()>;
 
     /// Begins to measure how fast it writes memory; its figures say it then.
-    async fn measure_dirty_rate(&self, instance: InstanceId, seconds: u32) -> Result<()>;
+    async fn measure_dirty_rate(&self, instance: InstanceId, seconds: u32, mode: DirtyRateMode)
+    -> Result<()>;
 
     /// Runs a command of the QEMU guest agent's protocol inside; as far as Karst's own agent can, where that is the one.
     async fn agent(

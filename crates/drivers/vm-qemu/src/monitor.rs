@@ -6,7 +6,7 @@
 
 use crate::{launch, machine::Inner, qmp::Qmp};
 use karst_guest::{DirtyRate, MonitorAnswer};
-use karst_model::{Result, instance::RuntimeState};
+use karst_model::{Result, guest::DirtyRateMode, instance::RuntimeState};
 use serde_json::{Value, json};
 use std::{
     fs::{self, File},
@@ -61,13 +61,25 @@ pub(crate) async fn run(machine: &Inner, command: &str, arguments: Value) -> Res
 }
 
 /// Begins to measure.
-pub(crate) async fn measure_dirty_rate(machine: &Inner, seconds: u32) -> Result<()> {
+///
+/// # Errors
+/// Conflict while it is being measured, and what QEMU refuses: a way that the machine is not made for.
+pub(crate) async fn measure_dirty_rate(machine: &Inner, seconds: u32, mode: DirtyRateMode) -> Result<()> {
     let qmp = connect(machine).await?;
-    match qmp.ask(COMMAND, "calc-dirty-rate", json!({"calc-time": seconds})).await? {
+    let arguments = json!({"calc-time": seconds, "mode": mode.as_str()});
+    match qmp.ask(COMMAND, "calc-dirty-rate", arguments).await? {
         Ok(_) => Ok(()),
         // One at a time.
         Err(refusal) if refusal.description.contains("already being measured") => {
             Err(karst_model::Error::conflict("it is being measured already"))
+        }
+        Err(refusal) if refusal.description.contains("is not enabled") => {
+            let text = format!(
+                "this machine cannot be measured by {}: a ring needs hardware.features with dirty-ring, and KVM; a bitmap has to be \
+                 without",
+                mode.as_str()
+            );
+            Err(karst_model::Error::unsupported(text))
         }
         Err(refusal) => Err(refusal.into()),
     }
@@ -84,7 +96,19 @@ pub(crate) fn dirty_rate(said: &Value) -> Option<DirtyRate> {
         started: said.get("start-time")?.as_i64()?,
         seconds: i32::try_from(said.get("calc-time")?.as_i64()?).ok()?,
         rate: said.get("dirty-rate").and_then(Value::as_i64).filter(|r| *r >= 0),
+        mode: said.get("mode").and_then(Value::as_str).and_then(DirtyRateMode::named).unwrap_or_default(),
+        processors: said
+            .get("vcpu-dirty-rate")
+            .and_then(Value::as_array)
+            .into_iter()
+            .flatten()
+            .filter_map(processor)
+            .collect(),
     })
+}
+
+fn processor(said: &Value) -> Option<(u32, i64)> {
+    Some((u32::try_from(said.get("id")?.as_u64()?).ok()?, said.get("dirty-rate")?.as_i64()?))
 }
 
 #[cfg(test)]
@@ -98,7 +122,16 @@ mod tests {
         let measuring = dirty_rate(&said("measuring", Value::Null)).unwrap();
         assert_eq!((measuring.measured, measuring.rate), (false, None));
         let measured = dirty_rate(&said("measured", json!(12))).unwrap();
-        assert_eq!(measured, DirtyRate { measured: true, started: 9, seconds: 2, rate: Some(12) });
+        let mode = DirtyRateMode::PageSampling;
+        let wanted =
+            DirtyRate { measured: true, started: 9, seconds: 2, rate: Some(12), mode, processors: vec![] };
+        assert_eq!(measured, wanted);
+        let mut by_ring = said("measured", json!(12));
+        by_ring["mode"] = "dirty-ring".into();
+        by_ring["vcpu-dirty-rate"] =
+            json!([{"id": 0, "dirty-rate": 5}, {"id": 1, "dirty-rate": 7}, {"id": 2}]);
+        let by_ring = dirty_rate(&by_ring).unwrap();
+        assert_eq!((by_ring.mode, by_ring.processors), (DirtyRateMode::DirtyRing, vec![(0, 5), (1, 7)]));
     }
 
     #[test]

@@ -6,7 +6,7 @@ use karst_agent::{CallContext, DirtyRateRequest, MonitorCommand};
 use karst_model::{
     Error, Result,
     access::Permission,
-    guest::MonitorAnswer,
+    guest::{DirtyRateMode, MonitorAnswer},
     instance::{InstanceKind, Status},
 };
 use std::{os::fd::OwnedFd, time::Duration};
@@ -95,10 +95,10 @@ impl Engine {
         context: &Context,
         project: &str,
         name: &str,
-        seconds: u32,
+        (seconds, mode): (u32, DirtyRateMode),
     ) -> Result<()> {
         let (view, agent) = self.virtual_machine(context, project, name)?;
-        let request = DirtyRateRequest { instance: view.instance.id, seconds };
+        let request = DirtyRateRequest { instance: view.instance.id, seconds, mode };
         agent.machine_dirty_rate(&CallContext::read(CALL), request).await
     }
 }

@@ -132,8 +132,12 @@ async fn processors_by_number_and_how_fast_memory_is_written() {
         });
         [&v1[..], &said].concat()
     };
-    // It has one.
-    for (map, state) in [("2", 1), ("0", 1), ("0,2", 0), ("5", 0)] {
+    // It has one, and can have four.
+    let most = argument(|w| {
+        w.u32(4).u32(2 | 4);
+    });
+    client.call(199, &[&v1[..], &most].concat()).await.unwrap();
+    for (map, state) in [("2", 1), ("0", 1), ("0,2", 0), ("3", 0)] {
         let refused = client.call(384, &of(map, state, 2)).await.unwrap_err();
         assert_eq!(refused.0, Code::OperationUnsupported as i32, "{map} {state}: {refused:?}");
     }
@@ -141,7 +145,7 @@ async fn processors_by_number_and_how_fast_memory_is_written() {
     client.call(384, &of("2", 0, 2)).await.unwrap();
     let count = client.call(200, &[&v1[..], &[0, 0, 0, 2]].concat()).await.unwrap();
     assert_eq!(count, [0, 0, 0, 2]);
-    for (map, code) in [("x", Code::InvalidArg), ("", Code::InvalidArg)] {
+    for (map, code) in [("x", Code::InvalidArg), ("", Code::InvalidArg), ("4", Code::InvalidArg)] {
         assert_eq!(client.call(384, &of(map, 1, 2)).await.unwrap_err().0, code as i32);
     }
     let rate = |seconds: i32, flags: u32| {
@@ -150,9 +154,18 @@ async fn processors_by_number_and_how_fast_memory_is_written() {
         });
         [&v1[..], &said].concat()
     };
-    assert_eq!(client.call(427, &rate(0, 0)).await.unwrap_err().0, Code::InvalidArg as i32);
-    assert_eq!(client.call(427, &rate(1, 1)).await.unwrap_err().0, Code::OperationUnsupported as i32);
-    client.call(427, &rate(1, 0)).await.unwrap();
+    assert_eq!(client.call(427, &rate(0, 0)).await.unwrap_err().0, Code::ConfigUnsupported as i32);
+    assert_eq!(client.call(427, &rate(1, 4)).await.unwrap_err().0, Code::InvalidArg as i32);
+    for (flags, mode) in [(2, "dirty-ring"), (1, "dirty-bitmap"), (0, "page-sampling")] {
+        client.call(427, &rate(1, flags)).await.unwrap();
+        let all = argument(|w| {
+            w.u32(0).u32(512).u32(0);
+        });
+        let stats = client.call(344, &all).await.unwrap();
+        let text = String::from_utf8_lossy(&stats).into_owned();
+        assert!(text.contains(mode), "{mode}: {text}");
+        assert_eq!(text.contains("dirtyrate.vcpu.0.megabytes_per_second"), flags == 2, "{text}");
+    }
     let all = argument(|w| {
         w.u32(0).u32(512).u32(0);
     });

@@ -137,8 +137,13 @@ impl GuestMachine for QemuDriver {
         figures::set_memory_period(&*self.shared.machine(instance).await?, seconds).await
     }
 
-    async fn measure_dirty_rate(&self, instance: InstanceId, seconds: u32) -> Result<()> {
-        monitor::measure_dirty_rate(&*self.shared.machine(instance).await?, seconds).await
+    async fn measure_dirty_rate(
+        &self,
+        instance: InstanceId,
+        seconds: u32,
+        mode: karst_model::guest::DirtyRateMode,
+    ) -> Result<()> {
+        monitor::measure_dirty_rate(&*self.shared.machine(instance).await?, seconds, mode).await
     }
 
     async fn agent(

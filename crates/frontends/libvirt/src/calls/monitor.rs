@@ -11,7 +11,7 @@ use crate::{
 };
 use futures::{StreamExt, stream::select_all};
 use karst_engine::stream::FdStream;
-use karst_model::guest::{MonitorAnswer, MonitorEvent};
+use karst_model::guest::{DirtyRateMode, MonitorAnswer, MonitorEvent};
 use regex::{Regex, RegexBuilder};
 use serde_json::{Map, Value, json};
 use std::{
@@ -238,18 +238,20 @@ async fn tell(session: &Arc<Session>, event: &MonitorEvent) {
     }
 }
 
-/// `DOMAIN_START_DIRTY_RATE_CALC`: how fast memory is written, by looking at some of it twice.
+/// `DOMAIN_START_DIRTY_RATE_CALC`: how fast memory is written, by looking at some of it twice where flags say nothing else.
 pub async fn measure(call: Call) -> Answered {
     let (named, seconds, flags) = call.arguments(|r| Ok((Named::read_domain(r)?, r.i32()?, r.u32()?)))?;
     call.known_flags(flags, 3)?;
-    if flags != 0 {
-        let text = "memory is watched by page sampling: bitmaps and rings of KVM are not used here";
-        return Err(VirError::new(Code::OperationUnsupported, Part::Qemu, text));
-    }
+    // `VIR_DOMAIN_DIRTYRATE_MODE_*`, of which the first counts.
+    let mode = match flags {
+        0 => DirtyRateMode::PageSampling,
+        2 => DirtyRateMode::DirtyRing,
+        _ => DirtyRateMode::DirtyBitmap,
+    };
     only_machines(&call)?;
     if !(1..=60).contains(&seconds) {
         let text = format!("seconds={seconds} is invalid, please choose value within [1, 60].");
-        return Err(VirError::argument(text));
+        return Err(VirError::new(Code::ConfigUnsupported, Part::Qemu, text));
     }
     let view = call.guest(&named)?;
     if !is_running(&view) {
@@ -258,7 +260,7 @@ pub async fn measure(call: Call) -> Answered {
     let session = &call.session;
     let (engine, context) = (&session.front.engine, &session.context);
     let (project, name) = (&view.project.name, &view.instance.name);
-    engine.machine_dirty_rate(context, project, name, seconds.unsigned_abs()).await?;
+    engine.machine_dirty_rate(context, project, name, (seconds.unsigned_abs(), mode)).await?;
     Ok(nothing())
 }
 

@@ -222,10 +222,14 @@ fn parameters(
         add("dirtyrate.calc_status", Typed::Int(if rate.measured { 2 } else { 1 }));
         add("dirtyrate.calc_start_time", Typed::Llong(rate.started));
         add("dirtyrate.calc_period", Typed::Int(rate.seconds));
-        if let Some(rate) = rate.rate.filter(|_| rate.measured) {
-            add("dirtyrate.megabytes_per_second", Typed::Llong(rate));
+        add("dirtyrate.calc_mode", Typed::Text(rate.mode.as_str().into()));
+        if let Some(whole) = rate.rate.filter(|_| rate.measured) {
+            add("dirtyrate.megabytes_per_second", Typed::Llong(whole));
+            for (number, part) in &rate.processors {
+                let field = format!("dirtyrate.vcpu.{number}.megabytes_per_second");
+                add(&field, Typed::Ullong(part.unsigned_abs()));
+            }
         }
-        add("dirtyrate.calc_mode", Typed::Text("page-sampling".into()));
     }
     if stats & BLOCK != 0 && call.opened()?.driver == Driver::Qemu {
         add("block.count", Typed::Uint(of.disks.len() as u32));
