@@ -657,7 +657,7 @@ async fn devices_come_and_go_live_and_configured() {
             &[
                 v1.clone(),
                 argument(|w| {
-                    w.u64(524_288).u32(2);
+                    w.u64(524_288).u32(2 | 4);
                 }),
             ]
             .concat(),
