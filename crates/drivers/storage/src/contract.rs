@@ -1,5 +1,9 @@
 //! The contract of [`PoolDriver`]: one suite that each kind of pool passes on a real backend. Panics at the first breach.
 
+mod encrypted;
+
+pub use encrypted::encrypted;
+
 use crate::{Format, NewVolume, OpenTree, PoolDriver, Source};
 use karst_host::{Program, project_quota::within_limits, run};
 use karst_model::{ByteSize, ErrorKind, ImageId, SnapshotId, VolumeId, storage::VolumeContent};

@@ -52,6 +52,7 @@ async fn dir_pool_keeps_the_contract() {
     let scratch = d.path().join("scratch");
     std::fs::create_dir(&scratch).unwrap();
     contract::check(&pool, &scratch).await;
+    contract::encrypted(&pool, &scratch, &launcher()).await;
     for below in BELOW {
         assert_eq!(entries(d.path().join("pool").join(below)), 0, "{below}");
     }

@@ -103,6 +103,7 @@ async fn zfs_pool(name: &str, block_mode: Option<FileSystem>) {
     let scratch = d.path().join("scratch");
     std::fs::create_dir(&scratch).unwrap();
     contract::check(&pool, &scratch).await;
+    contract::encrypted(&pool, &scratch, &launcher()).await;
     std::fs::remove_dir_all(&scratch).unwrap();
     let children = || out("zfs", &["list", "-H", "-o", "name", "-r", "-t", "all", &parent]);
     let texts = format!("{parent}\n{parent}/descriptions");
@@ -204,6 +205,7 @@ async fn lvm_pool_keeps_the_contract() {
     let scratch = d.path().join("scratch");
     std::fs::create_dir(&scratch).unwrap();
     contract::check(&pool, &scratch).await;
+    contract::encrypted(&pool, &scratch, &launcher()).await;
     let left = || group.volumes().split_whitespace().map(str::to_owned).collect::<Vec<_>>();
     assert_eq!(left(), ["k0000abcd_descriptions", "other", "thin"], "all that was made is gone");
     let of_group = lvm::pools(&group.name).await.unwrap();
