@@ -22,6 +22,9 @@ const DEV: &str = "/dev/bus/usb";
 /// Major numbers of devices of input, and of those on USB.
 const INPUT: u32 = 13;
 const USB: u32 = 189;
+/// The device of sockets, and the major number of those that have a driver each.
+const VSOCK: &str = "/dev/vhost-vsock";
+const MISC: u32 = 10;
 
 /// A device on USB.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -145,6 +148,18 @@ fn resolve(policy: &HostPolicy, given: &GivenSpec) -> Result<Option<Opened>> {
                 .and_then(|()| open(Path::new(&device.path), INPUT, "of input"));
             opened.map(Some).map_err(|e| e.at(field("source")))
         }
+        HostDevice::Vsock(_) => {
+            let opened =
+                demand(policy, "vsock", None).and_then(|()| open(Path::new(VSOCK), MISC, "of sockets"));
+            opened.map(Some).map_err(|e| match e.is(ErrorKind::NotFound) {
+                true => {
+                    let text =
+                        "the host's kernel has no vhost_vsock; its administrator can: modprobe vhost_vsock";
+                    Error::conflict(text).at(field("type"))
+                }
+                false => e.at(field("type")),
+            })
+        }
     }
 }
 
@@ -172,7 +187,7 @@ impl RealAgent {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use karst_model::device::{InputEnd, InputHostDevice, UsbHostDevice};
+    use karst_model::device::{InputEnd, InputHostDevice, UsbHostDevice, VsockHostDevice};
 
     fn grants(classes: &[&str]) -> HostPolicy {
         HostPolicy {
@@ -277,5 +292,12 @@ mod tests {
         assert!(e.is(ErrorKind::Invalid) && e.message.contains("no device of input"), "{e}");
         let e = resolve(&grants(&["input:/dev/input/none"]), &input("/dev/input/none")).unwrap_err();
         assert!(e.is(ErrorKind::NotFound), "{e}");
+        let sockets = GivenSpec {
+            name: "talk".into(),
+            device: HostDevice::Vsock(VsockHostDevice { cid: None }),
+            pci: None,
+        };
+        let e = resolve(&grants(&["input"]), &sockets).unwrap_err();
+        assert!(e.is(ErrorKind::Forbidden) && e.message.contains("vsock"), "{e}");
     }
 }

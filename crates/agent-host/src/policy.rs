@@ -34,7 +34,7 @@ pub struct HostPolicy {
     /// Classes of devices of the host that containers may have (`gpu`, `unix-block`, `unix-char`, and `proxy` for its sockets with
     /// abstract names), or one device of a class (`unix-char:/dev/ttyUSB0`, `gpu:0000:01:00.0`, `proxy:@NAME`). Those on USB both kinds of
     /// guests may have (`usb`, `usb:046d:c31c`), and what somebody types and points with virtual machines (`input`,
-    /// `input:/dev/input/event3`).
+    /// `input:/dev/input/event3`). `vsock`: virtual machines may have sockets to the host, where what listens for all of them is reached.
     pub device_classes: Vec<String>,
     /// `raw.*` keys that are passed on: `raw.lxc` of containers, `raw.dnsmasq` of networks.
     pub raw_keys: Vec<String>,

@@ -121,6 +121,8 @@ pub struct Machine {
     pub hold: bool,
     /// The screen is there by SPICE too.
     pub spice: bool,
+    /// Its number among those that the host has sockets with, where no other is said.
+    pub own_cid: u32,
 }
 
 /// USB devices of a viewer's that a machine can have at a time.
@@ -513,7 +515,7 @@ pub fn argv(m: &Machine) -> Result<Vec<String>> {
     for port in layout.root_ports() {
         opt("-device", port.to_string());
     }
-    let given = given::options(&m.spec.given, layout, usb_buses)?;
+    let given = given::options(&m.spec.given, layout, usb_buses, m.own_cid)?;
     sets.extend(given.sets);
     for (option, value) in given.options {
         opt(option, value);

@@ -56,11 +56,22 @@ fn usb(
     Ok(value)
 }
 
-/// What QEMU is told of these; `buses` are those of USB that ports are counted on.
+/// At its place.
+fn on_pci(one: &GivenSpec, mut value: Value, layout: Layout) -> Result<Value> {
+    let field = format!("devices.{}", one.name);
+    let pci = one.pci.as_deref().ok_or_else(|| {
+        let text = "the virtual machine has no free PCI slot for a device of the host; remove another device";
+        Error::conflict(text).at(&field)
+    })?;
+    layout.put(&mut value, &field, pci)?;
+    Ok(value)
+}
+
+/// What QEMU is told of these; `buses` are those of USB that ports are counted on, `own_cid` is the number of sockets without a fixed one.
 ///
 /// # Errors
 /// Invalid, naming the device, for what does not fit; conflict where no PCI address was left for it.
-pub fn options(all: &[GivenSpec], layout: Layout, buses: u32) -> Result<Given> {
+pub fn options(all: &[GivenSpec], layout: Layout, buses: u32, own_cid: u32) -> Result<Given> {
     let mut found = Given::default();
     if all.len() > MOST {
         let text = format!("a virtual machine is given {MOST} devices of the host at most");
@@ -70,20 +81,16 @@ pub fn options(all: &[GivenSpec], layout: Layout, buses: u32) -> Result<Given> {
         let set = SETS + n as u32;
         let id = format!("given-{}", word(&format!("devices.{}", one.name), &one.name, "")?);
         let node = format!("/dev/fdset/{set}");
-        found.sets.push((set, fd::GIVEN + n as i32, "given"));
+        if !matches!(one.device, HostDevice::Vsock(_)) {
+            found.sets.push((set, fd::GIVEN + n as i32, "given"));
+        }
         let (option, value) = match &one.device {
             HostDevice::Usb(device) => ("-device", usb(one, device, (&id, &node), n, buses)?),
             HostDevice::Input(device) => match &device.to {
                 InputEnd::Device { virtio: options } => {
                     let mut value = json!({"driver": "virtio-input-host-pci", "id": id, "evdev": node});
                     virtio(&mut value, options);
-                    let field = format!("devices.{}", one.name);
-                    let pci = one.pci.as_deref().ok_or_else(|| {
-                        let text = "the virtual machine has no free PCI slot for a device of input; remove another device";
-                        Error::conflict(text).at(&field)
-                    })?;
-                    layout.put(&mut value, &field, pci)?;
-                    ("-device", value)
+                    ("-device", on_pci(one, value, layout)?)
                 }
                 InputEnd::Seat { grab_all, repeat, toggle } => {
                     let mut value = json!({
@@ -96,6 +103,13 @@ pub fn options(all: &[GivenSpec], layout: Layout, buses: u32) -> Result<Given> {
                     ("-object", value)
                 }
             },
+            HostDevice::Vsock(device) => {
+                let cid = device.cid.unwrap_or(own_cid);
+                let number = (fd::GIVEN + n as i32).to_string();
+                let value =
+                    json!({"driver": "vhost-vsock-pci", "id": id, "guest-cid": cid, "vhostfd": number});
+                ("-device", on_pci(one, value, layout)?)
+            }
         };
         found.options.push((option, value.to_string()));
     }
@@ -129,7 +143,7 @@ pub(crate) fn pending(now: &[GivenSpec], new: &[GivenSpec]) -> BTreeSet<String> 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use karst_model::device::{InputHostDevice, UsbMatch};
+    use karst_model::device::{InputHostDevice, UsbMatch, VsockHostDevice};
 
     const Q35: Layout = Layout { pc: false, ports: 16 };
 
@@ -161,7 +175,7 @@ mod tests {
             input("keys", seat),
             input("mouse", InputEnd::Device { virtio: Default::default() }),
         ];
-        let given = options(&all, Q35, 2).unwrap();
+        let given = options(&all, Q35, 2, 7).unwrap();
         let text: Vec<_> = given.options.iter().map(|(option, value)| format!("{option} {value}")).collect();
         assert_eq!(
             text,
@@ -173,17 +187,31 @@ mod tests {
             ]
         );
         assert_eq!(given.sets[3], (3003, fd::GIVEN + 3, "given"));
-        let e = options(&all, Q35, 1).unwrap_err();
+        let e = options(&all, Q35, 1, 7).unwrap_err();
         assert_eq!(e.field.as_deref(), Some("devices.key.port"));
-        let e = options(&[GivenSpec { pci: None, ..all[3].clone() }], Q35, 0).unwrap_err();
+        let e = options(&[GivenSpec { pci: None, ..all[3].clone() }], Q35, 0, 7).unwrap_err();
         assert_eq!(e.field.as_deref(), Some("devices.mouse"));
-        assert!(options(&[stick("a,b", None)], Q35, 0).is_err(), "a name is a word");
+        assert!(options(&[stick("a,b", None)], Q35, 0, 7).is_err(), "a name is a word");
         assert!(want_usb(&all) && !want_usb(&all[2..]));
         let mut first = stick("first", None);
         if let HostDevice::Usb(device) = &mut first.device {
             device.boot_priority = Some(999);
         }
-        assert!(options(&[first], Q35, 0).unwrap().options[0].1.contains("bootindex"));
+        assert!(options(&[first], Q35, 0, 7).unwrap().options[0].1.contains("bootindex"));
+    }
+
+    #[test]
+    fn sockets_have_a_descriptor_and_a_number() {
+        let of = |cid: Option<u32>| {
+            let device = HostDevice::Vsock(VsockHostDevice { cid });
+            let one = GivenSpec { name: "talk".into(), device, pci: Some("03:00.0".into()) };
+            let given = options(&[one], Q35, 0, 7).unwrap();
+            assert!(given.sets.is_empty(), "it is handed on as it is");
+            given.options[0].1.clone()
+        };
+        let wanted = r#"{"driver":"vhost-vsock-pci","id":"given-talk","guest-cid":4,"vhostfd":"400","bus":"port3","addr":"0x0"}"#;
+        assert_eq!(of(Some(4)), wanted);
+        assert!(of(None).contains(r#""guest-cid":7,"#));
     }
 
     #[test]

@@ -460,6 +460,7 @@ pub(crate) fn prepare(
         firmware_code: code.map(|(code, _)| code.to_owned()),
         hold: hold(guest),
         spice: record.spice,
+        own_cid: karst_model::device::own_cid(guest.domain_id),
     };
     let program = Program::QemuSystemX86.path()?;
     let mut arguments = vec!["qemu-system-x86_64".into()];

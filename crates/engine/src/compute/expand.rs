@@ -75,6 +75,13 @@ pub fn parse_devices(devices: &Devices) -> Result<ParsedDevices> {
             Device::Port(d) => ports.push((name.clone(), d)),
             Device::Usb(d) => given.push((name.clone(), HostDevice::Usb(d))),
             Device::Input(d) => given.push((name.clone(), HostDevice::Input(d))),
+            Device::Vsock(d) => {
+                if given.iter().any(|(_, other)| matches!(other, HostDevice::Vsock(_))) {
+                    let text = "a virtual machine has one number of sockets of the host";
+                    return Err(Error::invalid(format!("devices.{name}.type"), text));
+                }
+                given.push((name.clone(), HostDevice::Vsock(d)));
+            }
             Device::Tpm(d) => {
                 tpm_secret = d.secret;
                 if let Some(other) = tpm.replace(name.clone()) {
@@ -390,9 +397,8 @@ fn given_nodes(all: &[(String, HostDevice)]) -> Result<Vec<NodeSpec>> {
             let device = NodeDevice { source: NodeOrigin::Usb(which), path: None, uid, gid, mode, required };
             Ok(NodeSpec { name: name.clone(), device })
         }
-        HostDevice::Input(_) => {
-            let text =
-                "devices of input are given to virtual machines only; a container has a unix-char device";
+        HostDevice::Input(_) | HostDevice::Vsock(_) => {
+            let text = "devices of input and sockets of the host are given to virtual machines only; a container has unix-char devices";
             Err(Error::unsupported(text).at(format!("devices.{name}.type")))
         }
     };

@@ -294,11 +294,11 @@ fn device(rules: &ProjectRules, name: &str, keys: &std::collections::BTreeMap<St
             let low = "restricted.virtual-machines.lowlevel";
             Err(refusal(field("to"), low, "a port that leads to the host"))
         }
-        // What is typed and pointed at the host is nearer to it than a port.
-        "input" if may_listen(rules) => Ok(()),
-        "input" => {
+        // What is typed and pointed at the host, and what listens there for all machines, is nearer to it than a port.
+        "input" | "vsock" if may_listen(rules) => Ok(()),
+        "input" | "vsock" => {
             let low = "restricted.virtual-machines.lowlevel";
-            Err(refusal(field("type"), low, "a device of input of the host"))
+            Err(refusal(field("type"), low, "a device of input, or sockets, of the host"))
         }
         other => {
             let restriction = format!("restricted.devices.{other}");
@@ -453,6 +453,7 @@ mod tests {
             (&[("type", "disk"), ("tag", "t"), ("source", "/etc")], Some("devices.d.source")),
             (&[("type", "usb"), ("vendorid", "046d")], Some("devices.d.type")),
             (&[("type", "input"), ("source", "/dev/input/event3")], Some("devices.d.type")),
+            (&[("type", "vsock")], Some("devices.d.type")),
             (&[("type", "something-new")], Some("devices.d.type")),
             (&[("type", "none")], None),
         ] {

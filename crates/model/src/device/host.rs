@@ -1,5 +1,5 @@
-//! Devices of the host that a guest is given as they are: those on USB (`usb`), and those that somebody types and points with (`input`,
-//! virtual machines). All are granted by the host's policy only, and none is anybody else's while a machine has it.
+//! Devices of the host that a guest is given as they are: those on USB (`usb`), those that somebody types and points with, and the one by
+//! which programs of the host and of a machine talk (`input`, `vsock`, virtual machines). All are granted by the host's policy only, and none is anybody else's while a machine has it.
 
 use super::{Keys, disk::plain_path, other_keys::keys_of};
 use crate::{Error, Result, options::Virtio};
@@ -223,6 +223,36 @@ impl InputHostDevice {
     }
 }
 
+/// Sockets between the host and a virtual machine.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VsockHostDevice {
+    /// The number by which the host reaches it (CID), no other's on the host; one of its own for each start when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cid: Option<u32>,
+}
+
+/// Numbers of machines that have no fixed one begin here, and go on with what libvirt's clients know as a domain's id.
+const FIRST_CID: u32 = 0x4b00_0000;
+
+/// The number of a machine that has no fixed one, in this run.
+pub fn own_cid(domain_id: u32) -> u32 {
+    FIRST_CID.saturating_add(domain_id)
+}
+
+impl VsockHostDevice {
+    pub(super) fn parse(keys: &Keys<'_>) -> Result<Self> {
+        keys.known(&keys_of("vsock"))?;
+        let cid = keys.parsed::<u32>("cid", "a number from 3 on")?;
+        // The first are the hypervisor's and the host's, the last is anybody's.
+        match cid.filter(|n| *n < 3 || *n == u32::MAX) {
+            Some(n) => {
+                Err(Error::invalid(keys.field("cid"), format!("{n} is nobody's to have; numbers begin at 3")))
+            }
+            None => Ok(Self { cid }),
+        }
+    }
+}
+
 /// A device of the host that a virtual machine is given.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "kind", rename_all = "snake_case")]
@@ -231,12 +261,14 @@ pub enum HostDevice {
     Usb(UsbHostDevice),
     /// Of input.
     Input(InputHostDevice),
+    /// Sockets between both.
+    Vsock(VsockHostDevice),
 }
 
 impl HostDevice {
     /// Does the guest see it on PCI?
     pub fn is_on_pci(&self) -> bool {
-        matches!(self, Self::Input(InputHostDevice { to: InputEnd::Device { .. }, .. }))
+        matches!(self, Self::Input(InputHostDevice { to: InputEnd::Device { .. }, .. }) | Self::Vsock(_))
     }
 }
 
@@ -279,6 +311,19 @@ mod tests {
             let e = parse("usb", pairs).unwrap_err();
             assert_eq!(e.field, Some(format!("devices.d.{field}")), "{pairs:?}: {e}");
         }
+    }
+
+    #[test]
+    fn sockets_have_a_number_that_is_a_machines() {
+        for (pairs, cid) in [(&[][..], None), (&[("cid", "3")], Some(3)), (&[("cid", "")], None)] {
+            let found = parse("vsock", pairs);
+            assert!(matches!(&found, Ok(Device::Vsock(device)) if device.cid == cid), "{found:?}");
+        }
+        for bad in ["0", "2", "4294967295", "-1", "auto"] {
+            let e = parse("vsock", &[("cid", bad)]).unwrap_err();
+            assert_eq!(e.field.as_deref(), Some("devices.d.cid"), "{bad}");
+        }
+        assert!(own_cid(1) != own_cid(2) && own_cid(1) > 2);
     }
 
     #[test]

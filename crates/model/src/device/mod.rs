@@ -63,6 +63,8 @@ pub enum Device {
     Usb(UsbHostDevice),
     /// Device of the host that somebody types or points with.
     Input(InputHostDevice),
+    /// Sockets between the host and a virtual machine.
+    Vsock(VsockHostDevice),
     /// Removes a device of a profile.
     None,
 }
@@ -80,6 +82,7 @@ const TYPES: &[&str] = &[
     "unix-block",
     "unix-char",
     "usb",
+    "vsock",
 ];
 /// What Incus has and Karst not.
 const LATER: &[&str] = &["infiniband", "pci", "unix-hotplug"];
@@ -101,6 +104,7 @@ impl Device {
             "tpm" => TpmDevice::parse(&keys).map(Self::Tpm),
             "usb" => UsbHostDevice::parse(&keys).map(Self::Usb),
             "input" => InputHostDevice::parse(&keys).map(Self::Input),
+            "vsock" => VsockHostDevice::parse(&keys).map(Self::Vsock),
             "none" => Ok(Self::None),
             "proxy" => ProxyDevice::parse(&keys).map(Self::Proxy),
             later if LATER.contains(&later) => {

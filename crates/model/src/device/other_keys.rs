@@ -122,6 +122,14 @@ pub const DEVICE_KEYS: &[DeviceKeys] = &[
             ("vendorid", "Its vendor, such as `046d`."),
         ],
     ),
+    (
+        "vsock",
+        "Virtual machines, where `device_classes` of host-policy.toml grants `vsock`: sockets of the family AF_VSOCK, by which programs of the host and of the machine talk without a network.",
+        &[(
+            "cid",
+            "The number by which the host reaches the machine, from 3 on (one of its own for each start).",
+        )],
+    ),
 ];
 
 const NODE_KEYS: &[(&str, &str)] = &[

@@ -40,6 +40,7 @@ pub(crate) fn machine() -> Machine {
         firmware_code: None,
         hold: false,
         spice: false,
+        own_cid: 7,
     }
 }
 

@@ -1,12 +1,13 @@
-//! Devices of the host that a machine is given, both ways: those on USB (`<hostdev>`), and those that somebody types and points with
-//! (`<input type='passthrough'>`, `<input type='evdev'>`). They are devices of the types `usb` and `input`, which the host's policy
-//! grants. Those on PCI and SCSI, and mediated ones, are refused by name.
+//! Devices of the host that a machine is given, both ways: those on USB (`<hostdev>`), those that somebody types and points with
+//! (`<input type='passthrough'>`, `<input type='evdev'>`), and sockets (`<vsock>`). They are devices of the types `usb`, `input` and `vsock`,
+//! which the host's policy grants. Those on PCI and SCSI, and mediated ones, are refused by name.
 
 use super::{board, options, read, refuse, wrong};
 use crate::{error::VirError, xml::Element};
 use karst_model::{
     device::{
         Device, Devices, HostDevice, INPUT_TOGGLES, InputEnd, InputHostDevice, UsbHostDevice, UsbMatch,
+        VsockHostDevice,
     },
     options::Virtio,
 };
@@ -17,7 +18,7 @@ type Keys = BTreeMap<String, String>;
 /// Is it an element of one?
 pub fn is(e: &Element) -> bool {
     match e.name() {
-        "hostdev" => true,
+        "hostdev" | "vsock" => true,
         "input" => matches!(e.attribute("type"), Some("passthrough" | "evdev")),
         _ => false,
     }
@@ -143,13 +144,35 @@ fn input(e: &Element) -> Result<HostDevice, VirError> {
     Ok(HostDevice::Input(InputHostDevice { path: path(e, "dev")?.to_owned(), to }))
 }
 
+fn vsock(e: &Element) -> Result<HostDevice, VirError> {
+    demand_known(e, &["model"], &["cid", "alias", "address"])?;
+    if let Some(other) = e.attribute("model").filter(|m| !["virtio", "virtio-non-transitional"].contains(m)) {
+        return Err(refuse("vsock model", format!("'{other}' is not there; virtio is")));
+    }
+    let cid = e.find("cid");
+    let of = |name: &str| cid.and_then(|c| c.attribute(name));
+    let cid = match (of("auto"), of("address")) {
+        // What is said beside is that of a run.
+        (Some("yes"), _) | (None, None) => None,
+        (None | Some("no"), Some(text)) => {
+            let cid = text.parse().ok().filter(|n: &u32| *n >= 3 && *n < u32::MAX);
+            Some(cid.ok_or_else(|| wrong(format!("guest CIDs must be >= 3: '{text}'")))?)
+        }
+        (Some("no"), None) => return Err(wrong("missing address of a <cid> that is not auto")),
+        (Some(other), _) => return Err(wrong(format!("invalid value '{other}' of auto in <cid>"))),
+    };
+    Ok(HostDevice::Vsock(VsockHostDevice { cid }))
+}
+
 /// What an element of one says.
 ///
 /// # Errors
 /// XML error; CONFIG_UNSUPPORTED, naming the element or attribute.
 pub fn read(e: &Element) -> Result<HostDevice, VirError> {
-    if e.name() == "input" {
-        return input(e);
+    match e.name() {
+        "input" => return input(e),
+        "vsock" => return vsock(e),
+        _ => {}
     }
     if let Some(other) = e.attribute("mode").filter(|m| *m != "subsystem") {
         return Err(refuse("hostdev mode", format!("'{other}' is for containers")));
@@ -188,7 +211,11 @@ pub fn all(devices: &[Element]) -> Result<Vec<HostDevice>, VirError> {
         found.push(one);
     }
     // In the order in which they are shown.
-    found.sort_by_key(|one| matches!(one, HostDevice::Usb(_)));
+    found.sort_by_key(|one| match one {
+        HostDevice::Input(_) => 0,
+        HostDevice::Usb(_) => 1,
+        HostDevice::Vsock(_) => 2,
+    });
     Ok(found)
 }
 
@@ -197,6 +224,8 @@ pub fn same(a: &HostDevice, b: &HostDevice) -> bool {
     match (a, b) {
         (HostDevice::Usb(a), HostDevice::Usb(b)) => a.which == b.which,
         (HostDevice::Input(a), HostDevice::Input(b)) => a.path == b.path,
+        // There is one.
+        (HostDevice::Vsock(_), HostDevice::Vsock(_)) => true,
         _ => false,
     }
 }
@@ -208,7 +237,7 @@ fn has_words(device: &HostDevice) -> bool {
             let UsbMatch { vendor, product, at, serial } = &usb.which;
             serial.is_none() && vendor.is_some() == product.is_some() && (vendor.is_some() || at.is_some())
         }
-        HostDevice::Input(_) => true,
+        HostDevice::Input(_) | HostDevice::Vsock(_) => true,
     }
 }
 
@@ -237,6 +266,10 @@ pub fn keys(device: &HostDevice) -> Keys {
             all.extend(usb.port.as_ref().map(|(bus, port)| ("port", format!("{bus}:{port}"))));
             all.extend(usb.boot_priority.map(|n| ("boot.priority", n.to_string())));
         }
+        HostDevice::Vsock(vsock) => {
+            all.push(("type", "vsock".into()));
+            all.extend(vsock.cid.map(|n| ("cid", n.to_string())));
+        }
         HostDevice::Input(input) => {
             all.extend([("type", "input".into()), ("source", input.path.clone())]);
             match &input.to {
@@ -261,6 +294,7 @@ pub fn of(keys: &Keys) -> Option<HostDevice> {
     match Device::parse("d", keys) {
         Ok(Device::Usb(device)) => now(&HostDevice::Usb(device)),
         Ok(Device::Input(device)) => now(&HostDevice::Input(device)),
+        Ok(Device::Vsock(device)) => now(&HostDevice::Vsock(device)),
         _ => None,
     }
 }
@@ -275,7 +309,11 @@ pub fn change(devices: &mut Devices, expanded: &Devices, old: &[HostDevice], new
         }
     }
     for one in new.iter().filter(|one| !old.contains(one)) {
-        let kind = if matches!(one, HostDevice::Usb(_)) { "hostdev" } else { "input" };
+        let kind = match one {
+            HostDevice::Usb(_) => "hostdev",
+            HostDevice::Input(_) => "input",
+            HostDevice::Vsock(_) => "vsock",
+        };
         let free = |name: &String| !devices.contains_key(name) && !expanded.contains_key(name);
         let name = (0..).map(|n| format!("{kind}{n}")).find(free).unwrap_or_default();
         devices.insert(name, keys(one));
@@ -306,6 +344,10 @@ pub fn shown(device: &HostDevice) -> Element {
                 Element::new("address").with("type", "usb").with("bus", bus).with("port", port)
             }));
             e
+        }
+        HostDevice::Vsock(vsock) => {
+            let cid = Element::new("cid").with("auto", if vsock.cid.is_some() { "no" } else { "yes" });
+            Element::new("vsock").with("model", "virtio").child(cid.with_some("address", vsock.cid))
         }
         HostDevice::Input(input) => match &input.to {
             InputEnd::Device { virtio } => {
@@ -365,6 +407,8 @@ mod tests {
             "<input type='evdev'><source dev='/dev/input/event5'/></input>",
             "source=/dev/input/event5 to=seat type=input",
         ),
+        ("<vsock model='virtio'><cid auto='no' address='4'/></vsock>", "cid=4 type=vsock"),
+        ("<vsock><cid auto='yes'/></vsock>", "type=vsock"),
     ];
 
     #[test]
@@ -377,6 +421,7 @@ mod tests {
             let parsed = match Device::parse("d", &keys).unwrap() {
                 Device::Usb(device) => HostDevice::Usb(device),
                 Device::Input(device) => HostDevice::Input(device),
+                Device::Vsock(device) => HostDevice::Vsock(device),
                 other => panic!("{other:?}"),
             };
             assert_eq!(now(&parsed).as_ref(), Some(&said));
@@ -426,6 +471,10 @@ mod tests {
             ("<input type='passthrough' bus='usb'><source evdev='/x'/></input>".to_owned(), "input bus: "),
             ("<input type='passthrough' bus='virtio'/>".to_owned(), "missing source"),
             ("<input type='evdev'/>".to_owned(), "missing source"),
+            ("<vsock model='virtio-transitional'/>".to_owned(), "vsock model: "),
+            ("<vsock><cid auto='no' address='2'/></vsock>".to_owned(), "must be >= 3"),
+            ("<vsock><cid auto='no'/></vsock>".to_owned(), "missing address"),
+            ("<vsock><driver iommu='on'/></vsock>".to_owned(), "vsock driver: "),
             ("<input type='evdev'><source dev='event5'/></input>".to_owned(), "absolute path"),
             ("<input type='evdev'><source dev='/x' grabToggle='space'/></input>".to_owned(), "grabToggle: "),
         ] {

@@ -410,8 +410,8 @@ mod tests {
         // Of what was kept once and has no effect nothing is shown any more.
         let mut old = opaque.clone();
         old.domain.push(Element::new("cputune").child(Element::text("quota", 2048)));
-        old.devices.push(Element::new("vsock").with("model", "virtio"));
         old.disks.values_mut().for_each(|disk| disk.push(Element::new("transient")));
+        old.devices.push(Element::new("shmem").with("name", "shmem0"));
         old.disks.values_mut().for_each(|disk| disk.set("rawio", "yes"));
         assert_eq!(Opaque::parse(&old.document()), opaque);
         assert_eq!(Opaque::parse("<x"), Opaque::default());

@@ -23,7 +23,7 @@ use karst_model::{
     board::{Board, Rng},
     device::{
         DISK_CACHES, DRIVE_FORMATS, Devices, DiskBus, DiskDevice, DiskIo, DiskOrigin, DriveFormat,
-        HostDevice, NIC_MODELS, NicDevice, NicKind, NicModel, PortPlace, Rates,
+        HostDevice, NIC_MODELS, NicDevice, NicKind, NicModel, PortPlace, Rates, VsockHostDevice, own_cid,
     },
     display::DisplayProtocol,
     instance::{DeviceIdentity, Firmware, Hardware},
@@ -496,9 +496,16 @@ fn devices(shown: &Shown<'_>, opaque: &Opaque, on_board: &Board) -> Result<Eleme
         let Some(now) = hostdevs::now(device) else { continue };
         let boot = match &now {
             HostDevice::Usb(usb) => orders.order(usb.boot_priority),
-            HostDevice::Input(_) => None,
+            HostDevice::Input(_) | HostDevice::Vsock(_) => None,
         };
-        devices.push(host_device((name.as_str(), of(name)), &now, boot, live, opaque));
+        let mut e = host_device((name.as_str(), of(name)), &now, boot, live, opaque);
+        if let (HostDevice::Vsock(VsockHostDevice { cid: None }), Some(id)) = (&now, shown.id) {
+            // That of this run.
+            e.elements_mut().retain(|inner| inner.name() != "cid");
+            let cid = Element::new("cid").with("auto", "yes").with("address", own_cid(id.max(0) as u32));
+            e.elements_mut().insert(0, cid);
+        }
+        devices.push(e);
     }
     let given = |name: &str| opaque.devices.iter().any(|e| e.name() == name);
     let port = |name: &'static str, target: &'static str| {
@@ -837,7 +844,7 @@ fn host_device(
         e.elements_mut().retain(|inner| inner.name() != "address");
         e.push(place);
     }
-    sort(&mut e, &["driver", "source", "boot", "alias", "address"]);
+    sort(&mut e, &["driver", "source", "cid", "boot", "alias", "address"]);
     e
 }
 
