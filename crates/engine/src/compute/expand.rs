@@ -6,7 +6,7 @@ use karst_model::{
     board::Board,
     device::{
         Device, Devices, DiskBus, DiskDevice, DiskOrigin, HostDevice, KernelDevice, NicDevice, NodeDevice,
-        NodeOrigin, PortDevice, PortEnd, PortPlace, ProxyDevice, RootDevice, UsbHostDevice, VIRTIO_PORTS,
+        PortDevice, PortEnd, PortPlace, ProxyDevice, RootDevice, VIRTIO_PORTS,
     },
     instance::{DeviceIdentity, Hardware, Instance, InstanceKind},
     keys, keys_machine,
@@ -15,8 +15,8 @@ use karst_model::{
     screens::{ScreenOptions, Screens},
     signal,
     spec::{
-        DiskSource, DiskSpec, GivenSpec, GuestApi, GuestSpec, KernelSpec, LineSpec, MachineSpec, NicLink,
-        NicSpec, NodeSpec, ProxySpec, RootSpec,
+        DiskSource, DiskSpec, GuestApi, GuestSpec, KernelSpec, LineSpec, MachineSpec, NicLink, NicSpec,
+        NodeSpec, ProxySpec, RootSpec,
     },
     storage::{Volume, VolumeContent},
     threads::{self, IoThread},
@@ -363,48 +363,6 @@ fn kernel(lookups: &Lookups<'_>, name: &str, device: &KernelDevice) -> Result<Ke
     })
 }
 
-/// Devices of the host that a virtual machine is given.
-fn given<'a>(
-    all: &[(String, HostDevice)],
-    stateful: bool,
-    identity: &dyn Fn(&str) -> Result<&'a DeviceIdentity>,
-) -> Result<Vec<GivenSpec>> {
-    let one = |(name, device): &(String, HostDevice)| {
-        if stateful {
-            let text = "the memory of a virtual machine that has a device of the host cannot be kept; unset migration.stateful";
-            return Err(Error::unsupported(text).at(format!("devices.{name}.type")));
-        }
-        let pci = if device.is_on_pci() { identity(name)?.pci.clone() } else { None };
-        Ok(GivenSpec { name: name.clone(), device: device.clone(), pci })
-    };
-    all.iter().map(one).collect()
-}
-
-/// Those that a container is given, as nodes.
-fn given_nodes(all: &[(String, HostDevice)]) -> Result<Vec<NodeSpec>> {
-    let one = |(name, device): &(String, HostDevice)| match device {
-        HostDevice::Usb(usb) => {
-            let key = match (&usb.port, usb.boot_priority) {
-                (Some(_), _) => Some("port"),
-                (None, Some(_)) => Some("boot.priority"),
-                (None, None) => None,
-            };
-            if let Some(key) = key {
-                let text = "is said of a device of a virtual machine; a container has its node where the host has it";
-                return Err(Error::invalid(format!("devices.{name}.{key}"), text));
-            }
-            let UsbHostDevice { which, required, uid, gid, mode, .. } = usb.clone();
-            let device = NodeDevice { source: NodeOrigin::Usb(which), path: None, uid, gid, mode, required };
-            Ok(NodeSpec { name: name.clone(), device })
-        }
-        HostDevice::Input(_) | HostDevice::Vsock(_) => {
-            let text = "devices of input and sockets of the host are given to virtual machines only; a container has unix-char devices";
-            Err(Error::unsupported(text).at(format!("devices.{name}.type")))
-        }
-    };
-    all.iter().map(one).collect()
-}
-
 /// The number at the end of a slot's name.
 fn slot_number(slot: &str) -> Option<u32> {
     slot.trim_start_matches(|c: char| !c.is_ascii_digit()).parse().ok()
@@ -522,7 +480,7 @@ pub fn guest_spec(
     let nodes = parsed.nodes.iter().map(|(name, d)| NodeSpec { name: name.clone(), device: d.clone() });
     let nodes = match instance.kind {
         InstanceKind::VirtualMachine => vec![],
-        InstanceKind::Container => nodes.chain(given_nodes(&parsed.given)?).collect(),
+        InstanceKind::Container => nodes.chain(super::given::nodes(&parsed.given)?).collect(),
     };
     let mut nics = vec![];
     for (name, nic) in parsed.nics.iter().filter(|(_, nic)| nic.attached) {
@@ -593,7 +551,7 @@ pub fn guest_spec(
                 let lines = parsed.ports.iter();
                 lines.map(|(name, d)| LineSpec { name: name.clone(), device: d.clone() }).collect()
             },
-            given: given(&parsed.given, stateful, &identity)?,
+            given: super::given::specs(&parsed.given, stateful, &identity)?,
             resume: false,
             paused: false,
             fresh_firmware: false,
@@ -844,39 +802,6 @@ mod tests {
         let moved = assign(&shared, &with(Some(("path", "/srv"))));
         assert_eq!(moved["data"], shared["data"], "it is the same at another place inside");
         assert_eq!(assign(&moved, &with(None))["data"].slot, "scsi1");
-    }
-
-    #[test]
-    fn devices_of_the_host_are_a_machines_or_nodes_of_a_container() {
-        let (machine, volume) = (hardware("pc-q35-7.2", 16), VolumeId(uuid::Uuid::from_u128(1)));
-        let stick = [("type", "usb"), ("vendorid", "046d"), ("uid", "5")];
-        let mouse = [("type", "input"), ("source", "/dev/input/event3")];
-        let all = devices(&[ROOT, NIC, ("mouse", &mouse), ("stick", &stick)]);
-        let parsed = parse_devices(&all).unwrap();
-        let assign = |old: &BTreeMap<String, DeviceIdentity>, parsed: &ParsedDevices| {
-            assign_identities(old, parsed, Some(&machine), volume, "abc123", &mut counter())
-        };
-        let first = assign(&BTreeMap::new(), &parsed);
-        assert_eq!(
-            (first["mouse"].slot.as_str(), first["mouse"].pci.as_deref()),
-            ("given0", Some("02:00.0"))
-        );
-        assert_eq!(first.get("stick"), None, "its place is on USB");
-        assert_eq!(assign(&first, &parsed)["mouse"], first["mouse"]);
-        let identity = |name: &str| Ok(&first[name]);
-        let specs = given(&parsed.given, false, &identity).unwrap();
-        assert_eq!(specs.iter().map(|s| s.pci.as_deref()).collect::<Vec<_>>(), [Some("02:00.0"), None]);
-        let e = given(&parsed.given, true, &identity).unwrap_err();
-        assert_eq!(e.field.as_deref(), Some("devices.mouse.type"));
-        let nodes = |more: &[(&'static str, &'static str)]| {
-            let keys = [&stick[..], more].concat();
-            given_nodes(&parse_devices(&devices(&[ROOT, ("stick", &keys)])).unwrap().given)
-        };
-        let found = nodes(&[]).unwrap();
-        assert!(matches!(&found[0].device.source, NodeOrigin::Usb(which) if which.vendor == Some(0x046d)));
-        assert_eq!((found[0].device.uid, found[0].device.path.as_deref()), (5, None));
-        assert_eq!(nodes(&[("port", "0:1")]).unwrap_err().field.as_deref(), Some("devices.stick.port"));
-        assert_eq!(given_nodes(&parsed.given).unwrap_err().field.as_deref(), Some("devices.mouse.type"));
     }
 
     #[test]

@@ -10,6 +10,7 @@ pub mod disk_copy;
 pub mod disks;
 pub mod display;
 pub mod expand;
+pub(crate) mod given;
 pub mod guest;
 pub mod inside;
 pub(crate) mod labels;

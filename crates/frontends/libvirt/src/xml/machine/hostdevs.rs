@@ -2,13 +2,14 @@
 //! (`<input type='passthrough'>`, `<input type='evdev'>`), and sockets (`<vsock>`). They are devices of the types `usb`, `input` and `vsock`,
 //! which the host's policy grants. Those on PCI and SCSI, and mediated ones, are refused by name.
 
-use super::{board, options, read, refuse, wrong};
+use super::{Opaque, board, options, read, refuse, write, wrong};
 use crate::{error::VirError, xml::Element};
 use karst_model::{
     device::{
         Device, Devices, HostDevice, INPUT_TOGGLES, InputEnd, InputHostDevice, UsbHostDevice, UsbMatch,
-        VsockHostDevice,
+        VsockHostDevice, own_cid,
     },
+    instance::DeviceIdentity,
     options::Virtio,
 };
 use std::collections::BTreeMap;
@@ -323,6 +324,35 @@ pub fn change(devices: &mut Devices, expanded: &Devices, old: &[HostDevice], new
 /// The element of a document that still says what is there.
 pub fn kept<'a>(devices: &'a [Element], now: &HostDevice) -> Option<&'a Element> {
     devices.iter().find(|e| is(e) && read(e).is_ok_and(|said| said == *now))
+}
+
+/// A device of the host. Of one that runs its place is told, else what the document wished.
+pub fn element(
+    (name, identity): (&str, Option<&DeviceIdentity>),
+    now: &HostDevice,
+    boot: Option<u32>,
+    run: Option<i32>,
+    opaque: &Opaque,
+) -> Element {
+    let (said, live) = (kept(&opaque.devices, now), run.is_some());
+    let mut e = said.cloned().unwrap_or_else(|| shown(now));
+    if said.is_none() {
+        e.push_some(boot.map(|order| Element::new("boot").with("order", order)));
+    }
+    if live && e.find("alias").is_none() {
+        e.push(Element::new("alias").with("name", identity.map_or(name, |i| i.alias.as_str())));
+    }
+    if let Some(place) = identity.and_then(write::placed).filter(|_| live || said.is_none()) {
+        e.elements_mut().retain(|inner| inner.name() != "address");
+        e.push(place);
+    }
+    if let (HostDevice::Vsock(VsockHostDevice { cid: None }), Some(id)) = (now, run) {
+        // That of this run.
+        e.elements_mut().retain(|inner| inner.name() != "cid");
+        e.push(Element::new("cid").with("auto", "yes").with("address", own_cid(id.max(0) as u32)));
+    }
+    write::sort(&mut e, &["driver", "source", "cid", "boot", "alias", "address"]);
+    e
 }
 
 /// As an element, without boot order and alias.

@@ -3,7 +3,7 @@
 //!
 //! An address on PCI that a document wishes for one is kept in it, and followed where the machine has it.
 
-use super::{Source, pci_of, read, refuse, wrong};
+use super::{Opaque, Source, pci_of, read, refuse, write, wrong};
 use crate::{error::VirError, xml::Element};
 use karst_engine::compute::expand::ParsedDevices;
 use karst_model::{
@@ -27,6 +27,9 @@ const PROGRAMS: [&str; 4] = [
     "/usr/lib/virtiofsd",
     "/usr/local/libexec/virtiofsd",
 ];
+
+/// The order in which libvirt writes what is in one.
+const ORDER: &[&str] = &["driver", "binary", "source", "target", "readonly", "boot", "alias", "address"];
 
 /// A directory.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -389,6 +392,30 @@ pub fn shown(one: &Filesystem) -> Element {
     if one.readonly {
         e.push(Element::new("readonly"));
     }
+    e
+}
+
+/// A directory that a machine shares. Of one that runs it is said where it is, else where the document wished it.
+pub fn element(
+    identity: &DeviceIdentity,
+    now: &Filesystem,
+    boot: Option<u32>,
+    live: bool,
+    opaque: &Opaque,
+) -> Element {
+    let said = kept(&opaque.devices, now);
+    let mut e = said.cloned().unwrap_or_else(|| shown(now));
+    if said.is_none() {
+        e.push_some(boot.map(|order| Element::new("boot").with("order", order)));
+    }
+    let wish = e.find("address").cloned();
+    e.elements_mut().retain(|inner| !matches!(inner.name(), "alias" | "address"));
+    write::named(&mut e, identity, live);
+    match said {
+        Some(_) if !live => e.push_some(wish),
+        _ => e.push_some(write::placed(identity)),
+    }
+    write::sort(&mut e, ORDER);
     e
 }
 

@@ -23,7 +23,7 @@ use karst_model::{
     board::{Board, Rng},
     device::{
         DISK_CACHES, DRIVE_FORMATS, Devices, DiskBus, DiskDevice, DiskIo, DiskOrigin, DriveFormat,
-        HostDevice, NIC_MODELS, NicDevice, NicKind, NicModel, PortPlace, Rates, VsockHostDevice, own_cid,
+        HostDevice, NIC_MODELS, NicDevice, NicKind, NicModel, PortPlace, Rates,
     },
     display::DisplayProtocol,
     instance::{DeviceIdentity, Firmware, Hardware},
@@ -159,8 +159,6 @@ const DISK: &[&str] = &[
     "alias",
     "address",
 ];
-/// The same of what is in a directory.
-const FILESYSTEM: &[&str] = &["driver", "binary", "source", "target", "readonly", "boot", "alias", "address"];
 /// The same of what is in an interface.
 const INTERFACE: &[&str] = &[
     "mac",
@@ -183,7 +181,7 @@ const INTERFACE: &[&str] = &[
     "address",
 ];
 
-fn sort(e: &mut Element, order: &[&str]) {
+pub(super) fn sort(e: &mut Element, order: &[&str]) {
     let place = |name: &str| order.iter().position(|o| *o == name).unwrap_or(order.len());
     e.elements_mut().sort_by_key(|c| place(c.name()));
 }
@@ -490,7 +488,7 @@ fn devices(shown: &Shown<'_>, opaque: &Opaque, on_board: &Board) -> Result<Eleme
         .collect();
     directories.sort_by_key(|(identity, _)| (identity.slot.len(), identity.slot.clone()));
     for (identity, now) in directories {
-        devices.push(directory(identity, &now, orders.order(now.boot), live, opaque));
+        devices.push(shares::element(identity, &now, orders.order(now.boot), live, opaque));
     }
     for (name, device) in &parsed.given {
         let Some(now) = hostdevs::now(device) else { continue };
@@ -498,14 +496,7 @@ fn devices(shown: &Shown<'_>, opaque: &Opaque, on_board: &Board) -> Result<Eleme
             HostDevice::Usb(usb) => orders.order(usb.boot_priority),
             HostDevice::Input(_) | HostDevice::Vsock(_) => None,
         };
-        let mut e = host_device((name.as_str(), of(name)), &now, boot, live, opaque);
-        if let (HostDevice::Vsock(VsockHostDevice { cid: None }), Some(id)) = (&now, shown.id) {
-            // That of this run.
-            e.elements_mut().retain(|inner| inner.name() != "cid");
-            let cid = Element::new("cid").with("auto", "yes").with("address", own_cid(id.max(0) as u32));
-            e.elements_mut().insert(0, cid);
-        }
-        devices.push(e);
+        devices.push(hostdevs::element((name.as_str(), of(name)), &now, boot, shown.id, opaque));
     }
     let given = |name: &str| opaque.devices.iter().any(|e| e.name() == name);
     let port = |name: &'static str, target: &'static str| {
@@ -800,54 +791,6 @@ fn disk(
     e
 }
 
-/// A directory that a machine shares. Of one that runs it is said where it is, else where the document wished it.
-fn directory(
-    identity: &DeviceIdentity,
-    now: &shares::Filesystem,
-    boot: Option<u32>,
-    live: bool,
-    opaque: &Opaque,
-) -> Element {
-    let kept = shares::kept(&opaque.devices, now);
-    let mut e = kept.cloned().unwrap_or_else(|| shares::shown(now));
-    if kept.is_none() {
-        e.push_some(boot.map(|order| Element::new("boot").with("order", order)));
-    }
-    let wish = e.find("address").cloned();
-    e.elements_mut().retain(|inner| !matches!(inner.name(), "alias" | "address"));
-    named(&mut e, identity, live);
-    match kept {
-        Some(_) if !live => e.push_some(wish),
-        _ => e.push_some(placed(identity)),
-    }
-    sort(&mut e, FILESYSTEM);
-    e
-}
-
-/// A device of the host. Of one that runs its place is told, else what the document wished.
-fn host_device(
-    (name, identity): (&str, Option<&DeviceIdentity>),
-    now: &HostDevice,
-    boot: Option<u32>,
-    live: bool,
-    opaque: &Opaque,
-) -> Element {
-    let kept = hostdevs::kept(&opaque.devices, now);
-    let mut e = kept.cloned().unwrap_or_else(|| hostdevs::shown(now));
-    if kept.is_none() {
-        e.push_some(boot.map(|order| Element::new("boot").with("order", order)));
-    }
-    if live && e.find("alias").is_none() {
-        e.push(Element::new("alias").with("name", identity.map_or(name, |i| i.alias.as_str())));
-    }
-    if let Some(place) = identity.and_then(placed).filter(|_| live || kept.is_none()) {
-        e.elements_mut().retain(|inner| inner.name() != "address");
-        e.push(place);
-    }
-    sort(&mut e, &["driver", "source", "cid", "boot", "alias", "address"]);
-    e
-}
-
 /// An interface of a machine.
 fn interface(
     identity: &DeviceIdentity,
@@ -920,13 +863,13 @@ fn interface(
 }
 
 /// With its alias; one that the user gave also when it does not run.
-fn named(e: &mut Element, identity: &DeviceIdentity, live: bool) {
+pub(super) fn named(e: &mut Element, identity: &DeviceIdentity, live: bool) {
     if live || identity.alias.starts_with("ua-") {
         e.push(Element::new("alias").with("name", &identity.alias));
     }
 }
 
-fn placed(identity: &DeviceIdentity) -> Option<Element> {
+pub(super) fn placed(identity: &DeviceIdentity) -> Option<Element> {
     let (bus, rest) = identity.pci.as_deref()?.split_once(':')?;
     let (slot, function) = rest.split_once('.')?;
     let address = Element::new("address")
