@@ -63,7 +63,7 @@ mod tests {
 
     fn parsed(list: &[(&str, Keys<'_>)]) -> ParsedDevices {
         let keys = |all: Keys<'_>| all.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect();
-        let devices: Devices = list.iter().map(|(name, all)| ((*name).to_owned(), keys(*all))).collect();
+        let devices: Devices = list.iter().map(|&(name, all)| (name.to_owned(), keys(all))).collect();
         parse_devices(&devices).unwrap()
     }
 
