@@ -8,8 +8,8 @@ use crate::{
 use karst_guest::DiskFormat;
 use karst_model::{
     device::{
-        Device, HostDevice, NicModel, PARALLEL_PORTS, PortDevice, PortEnd, PortPlace, SERIAL_PORTS,
-        VIRTIO_PORTS,
+        Device, HostDevice, NicModel, PARALLEL_PORTS, PCI_PORTS, PortDevice, PortEnd, PortPlace,
+        SERIAL_PORTS, VIRTIO_PORTS,
     },
     spec::{GivenSpec, LineSpec},
     threads::IoThread,
@@ -485,13 +485,15 @@ fn descriptor_numbers_differ() {
         fd::VARS,
         fd::KERNEL,
         fd::INITRD,
+        fd::MEMORY,
     ];
     all.extend((0..MAX_NICS as i32).map(|i| fd::NIC + i));
     all.extend((0..MOST_STRINGS as i32).map(|i| fd::STRINGS + i));
     all.extend((0..2 * MAX_DISKS as i32).map(|i| fd::DISK + i));
     all.extend((0..MAX_DIRECTORIES as i32).map(|i| fd::DIRECTORY + i));
     all.extend((0..MAX_LOWER as i32).map(|i| fd::LAYER + i));
-    let ports = (SERIAL_PORTS + PARALLEL_PORTS) as usize + VIRTIO_PORTS;
+    // And that of the firmware.
+    let ports = (SERIAL_PORTS + PARALLEL_PORTS + PCI_PORTS + 1) as usize + VIRTIO_PORTS;
     all.extend((0..2 * ports as i32).map(|i| fd::PORT + i));
     let n = all.len();
     all.sort_unstable();
@@ -514,6 +516,39 @@ fn a_disk_in_layers_has_a_descriptor_of_each_of_its_files() {
         text.contains(r#""backing":"i-virtio0.l2""#) && text.contains(r#""file":"i-virtio0.l4""#),
         "{text}"
     );
+}
+
+#[test]
+fn what_documents_wish_is_in_the_arguments() {
+    let mut m = machine();
+    let keys = [
+        ("hardware.scsi", "virtio-scsi+queues=2,lsilogic"),
+        ("hardware.memory", "locked"),
+        ("hardware.main_thread.pool", "8-16"),
+        ("hardware.smbios.system.product", "A, B"),
+        ("hardware.video.render", "/dev/dri/renderD128"),
+    ];
+    let keys = keys.into_iter().map(|(key, value)| (key.to_owned(), value.to_owned()));
+    m.spec.board = karst_model::board::Board::of(&keys.collect()).unwrap();
+    let text = lines(&m);
+    for wanted in [
+        "-display egl-headless,rendernode=/dev/dri/renderD128",
+        "-overcommit mem-lock=on",
+        ",memory-backend=memory",
+        "-smbios type=1,manufacturer=Karst,product=A,, B,uuid=",
+        r#"-object {"qom-type":"main-loop","id":"main-loop","thread-pool-min":8,"thread-pool-max":16}"#,
+        r#""id":"scsi","num_queues":2,"multifunction":true,"disable-legacy":"on""#,
+        r#"-device {"driver":"lsi53c895a","id":"scsi1","#,
+    ] {
+        assert!(text.contains(wanted), "{wanted} in {text}");
+    }
+    m.disks[0].options.controller = Some(1);
+    assert!(argv(&m).is_ok(), "of a disk that is not on SCSI it says nothing");
+    m.disks[0].slot = "scsi0".into();
+    m.disks[0].pci = None;
+    assert!(lines(&m).contains(r#""bus":"scsi1.0""#));
+    m.spec.board.scsi.clear();
+    assert_eq!(argv(&m).unwrap_err().field.as_deref(), Some("devices.data.io.options"));
 }
 
 #[test]
