@@ -2,7 +2,11 @@
 
 use crate::{FOREIGN, Karstd, file, id, pool, volume, write};
 use karst_agent::{FileWriteRequest, names::host_interface};
-use karst_model::{guest::FileKind, network::BridgeSpec};
+use karst_model::{
+    guest::FileKind,
+    network::BridgeSpec,
+    network_names::{DnsHost, NetworkNames},
+};
 use serde_json::{Value, json};
 use std::fs;
 
@@ -124,6 +128,14 @@ pub fn attempts(karstd: &Karstd) -> Vec<(&'static str, String, Value, Comes)> {
     let raw = |lines: &str| json!({"id": id(1), "bridge": "hostile0", "spec": BridgeSpec { raw_dnsmasq: Some(lines.into()), ..Default::default() }, "hosts": []});
     for lines in ["dhcp-script=/bin/sh", "conf-file=/etc/shadow", "address=/a.example/10.0.0.1"] {
         add("network_ensure", &format!("lines that no policy grants: {lines}"), raw(lines), Refused);
+    }
+    let named = |name: &str| {
+        let hosts = vec![DnsHost { address: [10, 0, 0, 1].into(), names: vec![name.into()] }];
+        let names = NetworkNames { hosts, ..Default::default() };
+        json!({"id": id(1), "bridge": "hostile0", "spec": BridgeSpec { names, ..Default::default() }, "hosts": []})
+    };
+    for name in ["a\ndhcp-script=/bin/sh", "a b", "a/b", ""] {
+        add("network_ensure", &format!("a host of DNS called {name:?}"), named(name), Refused);
     }
     add("network_remove", "none", nobody.clone(), GONE);
     add("network_stop", "none", nobody.clone(), GONE);
