@@ -101,7 +101,6 @@ pub fn documents(text: &str) {
     for disk_only in [false, true] {
         let _ = snapshot::read(text, disk_only);
     }
-    let _ = (snapshot::read(text, false), snapshot::read(text, true));
 }
 
 /// An engine with a simulated host, and somebody whose connection has to stay.
