@@ -3,8 +3,8 @@
 
 use std::collections::BTreeSet;
 use virt::{
-    connect::Connect, domain::Domain, domain_snapshot::DomainSnapshot, network::Network, storage_pool::StoragePool,
-    storage_vol::StorageVol, stream::Stream, sys,
+    connect::Connect, domain::Domain, domain_snapshot::DomainSnapshot, network::Network,
+    storage_pool::StoragePool, storage_vol::StorageVol, stream::Stream, sys,
 };
 
 type Outcome = Result<(), Box<dyn std::error::Error>>;
@@ -40,7 +40,8 @@ fn host(connection: &Connect) -> Outcome {
         assert!(pools.contains(&pool.get_name()?) && pool.is_active()?);
         assert!(pool.get_info()?.capacity > 0);
     }
-    let error = Domain::lookup_by_name(connection, "nobody").err().ok_or("there is a domain called nobody")?;
+    let error =
+        Domain::lookup_by_name(connection, "nobody").err().ok_or("there is a domain called nobody")?;
     assert_eq!(error.code(), virt::error::ErrorNumber::NoDomain, "{error:?}");
     assert!(error.message().contains("nobody"), "{error:?}");
     Ok(())
@@ -94,7 +95,8 @@ fn machine(connection: &Connect, network: &str, disk: &str) -> Outcome {
     let title = sys::VIR_DOMAIN_METADATA_TITLE as i32;
     domain.set_metadata(title, Some("made by Rust"), None, None, 0)?;
     assert_eq!(domain.get_metadata(title, None, 0)?, "made by Rust");
-    let snapshot = DomainSnapshot::create_xml(&domain, "<domainsnapshot><name>one</name></domainsnapshot>", 0)?;
+    let snapshot =
+        DomainSnapshot::create_xml(&domain, "<domainsnapshot><name>one</name></domainsnapshot>", 0)?;
     assert_eq!(snapshot.get_name()?, "one");
     assert_eq!(domain.list_all_snapshots(0)?.len(), 1);
     snapshot.delete(0)?;
