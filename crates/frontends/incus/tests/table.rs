@@ -44,6 +44,7 @@ fn the_table_is_whole() {
         include_str!("backups.rs"),
         include_str!("history.rs"),
         include_str!("images.rs"),
+        include_str!("layers.rs"),
         include_str!("metadata.rs"),
         include_str!("networks.rs"),
         include_str!("oci.rs"),

@@ -465,7 +465,7 @@ async fn what_is_refused_is_named_and_leaves_nothing() {
         ("<name>v1<", "<name>a/b<", Code::InvalidArg, "name"),
         ("52:54:00", "53:54:00", Code::XmlError, "multicast"),
     ] {
-        let refused = define(&mut client, &domain("v1", &[(from, to)])).await.unwrap_err();
+        let refused = define(&mut client, &domain("v1", &[(from, to)])).await.expect_err(to);
         assert!(refused.0 == code as i32 && refused.1.contains(word), "{to}: {refused:?}");
     }
     assert_eq!(server.engine.inner().inventory.read().revision, revision);

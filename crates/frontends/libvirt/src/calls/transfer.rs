@@ -285,9 +285,9 @@ pub async fn upload(call: Call) -> Answered {
     };
     let then = async move {
         let (engine, context) = (&session.front.engine, &session.context);
-        let came = tokio::select! {
-            came = take(&mut input, &file, room) => came,
-            () = session.ended() => Ok(None),
+        let (came, gone) = tokio::select! {
+            came = take(&mut input, &file, room) => (came, false),
+            () = session.ended() => (Ok(None), true),
         };
         drop(file);
         let outcome = match came {
@@ -302,7 +302,7 @@ pub async fn upload(call: Call) -> Answered {
         };
         drop((held, input));
         // Who lost something of it, or the connection, has been told or is gone.
-        if !session.stream_ended(header) {
+        if !session.stream_ended(header) || gone {
             return;
         }
         let frame = match outcome {

@@ -85,6 +85,10 @@ pub fn text_entry(e: &Element) -> Result<String, VirError> {
         e.attribute(name).map(str::to_owned).ok_or_else(missing)
     };
     let record = DnsText { name: attribute("name")?, value: attribute("value")? };
+    // The entry has a blank between both.
+    if record.name.contains(char::is_whitespace) {
+        return Err(wrong(format!("prohibited whitespace in DNS TXT record name '{}'", record.name)));
+    }
     sound("dns.txt", record.entry(), "a DNS TXT record")
 }
 
