@@ -467,12 +467,17 @@ pub fn offer_routes(link: u32, wanted: &[(IpAddr, u8)]) -> Result<Vec<((IpAddr, 
 /// Not found; internal, also for a link that is no bridge.
 pub fn set_multicast_snooping(name: &str, on: bool) -> Result<()> {
     const IFLA_BR_MCAST_SNOOPING: u16 = 23;
-    set(name, 0, 0, "given its multicast snooping", |m| {
-        m.nested(IFLA_LINKINFO, |m| {
-            m.text(IFLA_INFO_KIND, "bridge")
-                .nested(IFLA_INFO_DATA, |m| m.attr(IFLA_BR_MCAST_SNOOPING, &[u8::from(on)]))
-        })
-    })
+    set_bridge(name, "given its multicast snooping", |m| m.attr(IFLA_BR_MCAST_SNOOPING, &[u8::from(on)]))
+}
+
+/// Changes what is of bridges, by the message that makes a link; without the flags for that it makes none. The one that changes links
+/// says yes to it and changes nothing.
+fn set_bridge(name: &str, what: &str, fill: impl FnOnce(Message) -> Message) -> Result<()> {
+    check(name)?;
+    let message = Message::new(RTM_NEWLINK, 0, &info(0, 0, 0)).text(IFLA_IFNAME, name);
+    let message = message
+        .nested(IFLA_LINKINFO, |m| m.text(IFLA_INFO_KIND, "bridge").nested(IFLA_INFO_DATA, |m| fill(m)));
+    Socket::route().and_then(|mut s| s.execute(message)).map_err(|e| failed(what, name, &e))
 }
 
 /// Switches the spanning tree of a bridge, and says how many seconds a port listens, and then learns, before it forwards. With
@@ -483,21 +488,16 @@ pub fn set_multicast_snooping(name: &str, on: bool) -> Result<()> {
 pub fn set_spanning_tree(name: &str, on: bool, delay: u32) -> Result<()> {
     const IFLA_BR_FORWARD_DELAY: u16 = 1;
     const IFLA_BR_STP_STATE: u16 = 5;
-    let change = |what: &str, fill: &dyn Fn(Message) -> Message| {
-        set(name, 0, 0, what, |m| {
-            m.nested(IFLA_LINKINFO, |m| m.text(IFLA_INFO_KIND, "bridge").nested(IFLA_INFO_DATA, |m| fill(m)))
-        })
-    };
     // In hundredths of a second (USER_HZ).
     let delay = (if on { delay.max(2) } else { delay } * 100).to_ne_bytes();
     let state = |m: Message| m.attr(IFLA_BR_STP_STATE, &u32::from(on).to_ne_bytes());
     let waits = |m: Message| m.attr(IFLA_BR_FORWARD_DELAY, &delay);
     // A short delay is refused as long as there is a tree.
     match on {
-        true => change("given its spanning tree", &|m| state(waits(m))),
+        true => set_bridge(name, "given its spanning tree", |m| state(waits(m))),
         false => {
-            change("relieved of its spanning tree", &state)?;
-            change("given its delay", &waits)
+            set_bridge(name, "relieved of its spanning tree", state)?;
+            set_bridge(name, "given its delay", waits)
         }
     }
 }

@@ -244,8 +244,8 @@ impl Spec {
         let mut seen: Vec<i32> = vec![];
         for n in numbers {
             // Small numbers only: they are moved out of the way by choosing numbers above the largest.
-            if !(3..512).contains(&n) || seen.contains(&n) {
-                return Err(format!("fd {n} is out of 3..512 or given twice"));
+            if !(3..1000).contains(&n) || seen.contains(&n) {
+                return Err(format!("fd {n} is out of 3..1000 or given twice"));
             }
             seen.push(n);
         }

@@ -8,7 +8,7 @@
 //! changes of other things and ends with the run. What is pending without being held is given to the guest by the next change
 //! for which that is possible.
 
-use crate::{Config, device::Devices, instance::DeviceIdentity, keys};
+use crate::{Config, device::Devices, instance::DeviceIdentity, keys, maximum};
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -48,7 +48,8 @@ fn platform(key: &str) -> bool {
 /// Takes effect while a guest runs, or has none on it at all. A key that the table does not know is taken as such: it was
 /// kept from a newer version, which is not at work here.
 fn live(key: &str) -> bool {
-    keys::lookup(key).is_none_or(|k| k.live)
+    // Whether a machine was started with as much its host knows, and says where it was not.
+    [maximum::MEMORY, maximum::CPUS].contains(&key) || keys::lookup(key).is_none_or(|k| k.live)
 }
 
 impl AppliedSpec {

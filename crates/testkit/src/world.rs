@@ -216,9 +216,13 @@ pub async fn faults(engine: &Engine, store: &dyn Store, agents: &[&SimulatedAgen
             "network-address-sets" => "address_sets",
             // An address is taken by the network that listens at it.
             "network-forwards" => "networks",
+            // A use is taken by the secret that has it.
+            "secret-uses" => "secrets",
             other => other,
         };
-        if !keys.iter().any(|(k, _)| *k == format!("/karst/v1/{table}/{id}")) {
+        let below = format!("/karst/v1/{table}/");
+        let record = |k: &str| k.starts_with(&below) && k.ends_with(id.as_str());
+        if !keys.iter().any(|(k, _)| record(k)) {
             faults.push(format!("the name {key} leads nowhere"));
         }
     }

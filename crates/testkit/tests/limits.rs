@@ -466,7 +466,7 @@ fn what_is_set_aside_counts_in_a_projects_memory() {
         create(&w, "p", machine("v1", "512MiB")).await.unwrap();
         refused(create(&w, "p", machine("v2", "768MiB")).await, ErrorKind::Quota, "limits.memory");
         let e = refused(create(&w, "p", machine("v2", "128MiB")).await, ErrorKind::Invalid, "limits.memory");
-        assert_eq!(e.field.as_deref(), Some("config.limits.memory.maximum"));
+        assert_eq!(e.field.as_deref(), Some("config.limits.memory.maximum"), "{e}");
         create(&w, "p", machine("v2", "512MiB")).await.unwrap();
     });
 }

@@ -311,6 +311,7 @@ pub(crate) fn plan(
     }
     let (config, devices) = records.expanded(&instance);
     keys::check(&config, Some(request.kind)).map_err(|e| e.with_context("expanded"))?;
+    keys::limits(&config)?;
     crate::screens::demand(records, &instance, &Config::new(), &config)?;
     let parsed = expand::parse_devices(&devices)?;
     check_disks(records, tx, &instance, &parsed)?;

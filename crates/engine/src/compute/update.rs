@@ -141,6 +141,7 @@ impl Engine {
             }
             let (config, devices) = records.expanded(&instance);
             keys::check(&config, Some(instance.kind))?;
+            keys::limits(&config)?;
             crate::screens::demand(&records, &instance, &records.expanded(row).0, &config)?;
             let parsed = expand::parse_devices(&devices)?;
             // Decided when it is written; said now, before anything is touched.

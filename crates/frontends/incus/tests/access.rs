@@ -119,10 +119,9 @@ pub fn body(method: &Method, path: &str, image: &str) -> String {
         ("PUT", "/1.0/karst/registries/{host}") => json!({"user": "robot", "password": "s3cret"}),
         ("PUT", "/1.0/karst/storage-pools/{name}") => json!({"autostart": true}),
         ("POST", "/1.0/karst/instances/{name}/layers") => json!({"snapshot": "s9"}),
-        (
-            "POST",
-            "/1.0/karst/instances/{name}/layers/commit" | "/1.0/karst/instances/{name}/layers/pull",
-        ) => json!({"device": "root"}),
+        ("POST", "/1.0/karst/instances/{name}/layers/commit" | "/1.0/karst/instances/{name}/layers/pull") => {
+            json!({"device": "root"})
+        }
         ("POST", "/1.0/karst/secrets") => json!({"type": "volume", "usage": "/n9"}),
         ("PUT", "/1.0/karst/secrets/{uuid}") => json!({"value": "s3cret"}),
         ("POST", "/1.0/karst/tokens") => json!({"name": "n9", "role": "viewer"}),

@@ -54,6 +54,7 @@ fn the_table_is_whole() {
         include_str!("reasons.rs"),
         include_str!("recover.rs"),
         include_str!("remote.rs"),
+        include_str!("secrets.rs"),
         include_str!("settings.rs"),
         include_str!("spice.rs"),
         include_str!("vmids.rs"),

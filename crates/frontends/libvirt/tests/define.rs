@@ -431,7 +431,6 @@ async fn what_is_refused_is_named_and_leaves_nothing() {
         ("<os ", "<memtune><hard_limit>1</hard_limit></memtune><os ", Code::ConfigUnsupported, "memtune"),
         ("offset='utc'", "offset='variable' adjustment='5'", Code::ConfigUnsupported, "clock offset"),
         ("<alias name='ua-first'/>", "<transient/>", Code::ConfigUnsupported, "disk transient"),
-        ("<inbound average='1000'", "<inbound average='1' peak='2'", Code::ConfigUnsupported, "bandwidth"),
         ("placement='static' current='1'", "cpuset='0-'", Code::XmlError, "vcpu cpuset"),
         (
             "<input type='tablet'",
