@@ -49,9 +49,12 @@ pub const FORMAT: &str = "user.libvirt.format";
 /// The only one that is told.
 pub const QCOW2: &str = "qcow2";
 
-/// Do the bytes of a volume come and go as an image in the format qcow2?
+/// Do the bytes of a volume come and go as an image in the format qcow2? What is encrypted is raw, whatever its key says: its bytes
+/// are those that are encrypted.
 pub fn is_image(volume: &Volume) -> bool {
-    volume.content == VolumeContent::Block && volume.config.get(FORMAT).is_some_and(|f| f == QCOW2)
+    volume.content == VolumeContent::Block
+        && volume.encryption().is_none()
+        && volume.config.get(FORMAT).is_some_and(|f| f == QCOW2)
 }
 
 /// The document of a volume.
@@ -366,6 +369,30 @@ mod tests {
             let e = read(inner).unwrap_err();
             assert!(e.code == code && e.text.contains(word), "{inner}: {e:?}");
         }
+    }
+
+    #[test]
+    fn what_is_encrypted_is_no_image() {
+        let mut one = Volume {
+            id: karst_model::VolumeId(Uuid::from_u128(1)),
+            pool: karst_model::PoolId(Uuid::from_u128(2)),
+            project: karst_model::ProjectId(Uuid::from_u128(3)),
+            name: "v".into(),
+            content: VolumeContent::Block,
+            owner: karst_model::storage::VolumeOwner::Custom,
+            description: String::new(),
+            size: None,
+            config: [(FORMAT.to_owned(), QCOW2.to_owned())].into(),
+            spec_version: 1,
+            created_at: jiff::Timestamp::UNIX_EPOCH,
+            layers: Default::default(),
+        };
+        assert!(is_image(&one));
+        let shown = |one: &Volume| volume(one, "v", "/karst/p/v", 1, 1);
+        assert!(shown(&one).contains("<format type='qcow2'/>"), "{}", shown(&one));
+        one.config.insert(karst_model::encryption::SECRET.into(), Uuid::from_u128(4).to_string());
+        assert!(!is_image(&one));
+        assert!(shown(&one).contains("<format type='raw'/>"), "{}", shown(&one));
     }
 
     #[test]
