@@ -20,6 +20,7 @@ use crate::{
         update::{check_root, limit_again},
     },
     db::Tx,
+    network::life::demand_active_for,
     saga::{Saga, StepContext},
 };
 use async_trait::async_trait;
@@ -410,6 +411,14 @@ async fn grow(cx: &StepContext, profile: &Profile, roots: &[(VolumeId, Option<By
 /// Gives running users what they are to have: first what their NICs may send, then the devices themselves.
 async fn apply(cx: &StepContext, profile: &Profile, users: &[User]) -> Result<()> {
     let engine = &cx.engine;
+    {
+        // Of all, before anybody gets anything.
+        let records = engine.inventory.read();
+        for user in users.iter().filter(|u| u.is_changed()) {
+            demand_active_for(&records, &user.before, &user.after)
+                .map_err(|e| Error { message: format!("{}: {}", user.name, e.message), ..e })?;
+        }
+    }
     for (node, ids) in networks(users) {
         let flats = users.iter().filter(|u| u.node == node && u.before.nics != u.after.nics);
         let flats: Vec<Instance> = flats.map(|u| u.on_networks.clone()).collect();
