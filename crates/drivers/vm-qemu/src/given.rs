@@ -17,7 +17,7 @@ use std::{collections::BTreeSet, os::fd::OwnedFd};
 /// The first set of descriptors.
 const SETS: u32 = 3000;
 /// Devices of one machine.
-const MOST: usize = 32;
+pub(crate) const MOST: usize = 32;
 
 /// What QEMU is told.
 #[derive(Debug, Default)]

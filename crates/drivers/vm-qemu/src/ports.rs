@@ -24,6 +24,8 @@ const SETS: u32 = 5000;
 const FIRST: usize = 6;
 /// Places that it has.
 const PLACES: usize = 16;
+/// Most of a machine: the numbers of their descriptors end where those of devices of the host begin.
+pub(crate) const MOST: usize = 50;
 /// Names of the sockets in a guest's state directory begin and end so.
 const SOCKET: (&str, &str) = ("port-", ".sock");
 
@@ -54,8 +56,11 @@ fn checked(line: &LineSpec) -> Result<&str> {
 /// What QEMU is told of these, where the screen is there by SPICE, and where devices on USB of others are taken by a filter.
 ///
 /// # Errors
-/// Invalid, naming the device, where there is no room for it.
+/// Invalid, naming the device, where there is no room for it, or the devices, where they are too many.
 pub fn options(lines: &[LineSpec], spice: bool, filter: Option<&str>) -> Result<Ports> {
+    if lines.len() > MOST {
+        return Err(Error::invalid("devices", format!("a virtual machine has {MOST} ports at most")));
+    }
     let mut all = Ports::default();
     let mut virtio = FIRST;
     for (i, line) in lines.iter().enumerate() {
@@ -293,6 +298,16 @@ mod tests {
             .collect();
         assert_eq!(options(&many, false, None).unwrap_err().field.as_deref(), Some("devices.c10.port"));
         options(&many[..10], false, None).unwrap();
+    }
+
+    #[test]
+    fn there_are_so_many_at_most() {
+        // Devices that any number of may be there.
+        let many: Vec<_> =
+            (0..=MOST).map(|n| line(&format!("r{n}"), PortPlace::Redirect {}, PortEnd::Stream {})).collect();
+        options(&many[..MOST], false, None).unwrap();
+        let e = options(&many, false, None).unwrap_err();
+        assert!(e.field.as_deref() == Some("devices") && e.message.contains("50"), "{e}");
     }
 
     #[test]

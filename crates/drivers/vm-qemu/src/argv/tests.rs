@@ -7,10 +7,7 @@ use crate::{
 };
 use karst_guest::DiskFormat;
 use karst_model::{
-    device::{
-        Device, HostDevice, NicModel, PARALLEL_PORTS, PCI_PORTS, PortDevice, PortEnd, PortPlace,
-        SERIAL_PORTS, VIRTIO_PORTS,
-    },
+    device::{Device, HostDevice, NicModel, PortDevice, PortEnd, PortPlace},
     spec::{GivenSpec, LineSpec},
     threads::IoThread,
 };
@@ -492,9 +489,9 @@ fn descriptor_numbers_differ() {
     all.extend((0..2 * MAX_DISKS as i32).map(|i| fd::DISK + i));
     all.extend((0..MAX_DIRECTORIES as i32).map(|i| fd::DIRECTORY + i));
     all.extend((0..MAX_LOWER as i32).map(|i| fd::LAYER + i));
-    // And that of the firmware.
-    let ports = (SERIAL_PORTS + PARALLEL_PORTS + PCI_PORTS + 1) as usize + VIRTIO_PORTS;
-    all.extend((0..2 * ports as i32).map(|i| fd::PORT + i));
+    all.extend((0..2 * crate::ports::MOST as i32).map(|i| fd::PORT + i));
+    all.extend((0..crate::given::MOST as i32).map(|i| fd::GIVEN + i));
+    all.extend((0..MAX_DISKS as i32).map(|i| fd::KEY + i));
     let n = all.len();
     all.sort_unstable();
     all.dedup();
