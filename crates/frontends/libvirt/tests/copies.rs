@@ -188,6 +188,10 @@ async fn a_disk_is_copied_and_its_machine_goes_on_from_the_copy() {
     client.call(97, &left).await.expect("what was there before stays");
 }
 
+/// The end of a disk that is to be encrypted.
+const ENCRYPTION: &str =
+    "<encryption format='luks'><secret type='passphrase' usage='a'/></encryption></disk>";
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_there_is_none_of_says_why() {
     let (server, mut client, _listener, v1) = ready().await;
@@ -198,6 +202,7 @@ async fn what_there_is_none_of_says_why() {
         (file("/tmp/copy.img"), vec![], 0, unsupported, "/karst/POOL/NAME"),
         ("<disk type='network'><source protocol='nbd'/></disk>".to_owned(), vec![], 0, unsupported, "type"),
         (good.replace("raw", "qcow2"), vec![], 0, unsupported, "qcow2"),
+        (good.replace("</disk>", ENCRYPTION), vec![], 0, unsupported, "encryption"),
         (good.clone(), vec![], 1, unsupported, "chain"),
         (good.clone(), vec![("granularity", Typed::Uint(65536))], 0, unsupported, "granularity"),
         (good.clone(), vec![("nonsense", Typed::Uint(1))], 0, Code::InvalidArg, "nonsense"),

@@ -187,6 +187,10 @@ pub async fn copy(call: Call) -> Answered {
         None | Some("raw") => {}
         Some(other) => return Err(refuse("driver", format!("'{other}' is not there: a copy is raw"))),
     }
+    if xml::encryption::of_disk(&e)?.is_some() {
+        let text = "a copy that a machine goes on from is not encrypted; leave it out";
+        return Err(refuse(xml::encryption::NAME, text));
+    }
     let to = read::source(&e)?;
     begin(&call, (&*view, device), to, flags & REUSE != 0, (bandwidth, flags & SYNCHRONOUS != 0)).await
 }

@@ -1,7 +1,7 @@
 //! Backups of disks as XML.
 
 use super::{
-    Element,
+    Element, encryption,
     machine::{Source, read as machine_read},
 };
 use crate::error::{Code, Part, VirError};
@@ -123,6 +123,12 @@ fn disk(e: &Element, pull: bool) -> Result<Option<NewDisk>, VirError> {
     if e.find("scratch").is_some_and(|s| s.attributes().next().is_some()) {
         let text = "scratch: what the guest overwrites is kept beside the disk, in a place of the pool's own; leave it out";
         return Err(refuse(text));
+    }
+    // Said of the disk, of what it is written to, or of what is kept meanwhile.
+    let places = [Some(e), e.find("target"), e.find("scratch")];
+    if places.into_iter().flatten().any(|place| place.find(encryption::NAME).is_some()) {
+        let name = encryption::NAME;
+        return Err(refuse(format!("{name}: what a backup writes is not encrypted; leave it out")));
     }
     match e.find("driver").and_then(|d| d.attribute("type")) {
         None | Some("raw") => {}
@@ -272,6 +278,16 @@ mod tests {
             (pull("<disks><disk name='vda'><scratch file='/x'/></disk></disks>"), "scratch"),
             (push("<disks><disk name='vda'><target file='/srv/x'/></disk></disks>"), "target"),
             (push("<disks><disk name='vda'><driver type='qcow2'/></disk></disks>"), "driver"),
+            (
+                push(
+                    "<disks><disk name='vda'><target file='/karst/p/v'><encryption format='luks'/></target></disk></disks>",
+                ),
+                "encryption",
+            ),
+            (
+                pull("<disks><disk name='vda'><scratch><encryption format='luks'/></scratch></disk></disks>"),
+                "encryption",
+            ),
         ] {
             let e = e.unwrap_err();
             assert!(e.code == Code::ConfigUnsupported && e.text.contains(word), "{e:?}");
