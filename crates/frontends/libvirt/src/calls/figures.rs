@@ -12,6 +12,7 @@ use karst_engine::{InstanceView, Records, Row};
 use karst_model::{
     device::{DISK_BUSES, DiskBus},
     guest::{DiskFigures, MachineFigures, NicFigures},
+    options::DiskOptions,
     storage::Volume,
     threads::Thread,
 };
@@ -26,6 +27,44 @@ pub(crate) struct Disk {
     pub volume: Option<Row<Volume>>,
     /// The volume's path in libvirt's words.
     pub path: Option<String>,
+    /// The serial number that it shows to its guest.
+    pub serial: String,
+}
+
+/// Characters of a serial number that a bus has, on SCSI and elsewhere.
+const SHOWN: (usize, usize) = (36, 20);
+
+/// The serial number that a disk shows: its own, or one that is made of the name of its device.
+fn serial(name: &str, bus: DiskBus, options: &DiskOptions) -> String {
+    let most = if bus == DiskBus::VirtioScsi { SHOWN.0 } else { SHOWN.1 };
+    let whole = match &options.serial {
+        Some(own) => own.as_str().to_owned(),
+        None => format!("incus_{name}"),
+    };
+    whole.chars().take(most).collect()
+}
+
+/// As systems write what devices say of themselves in one word: without what lies around it, and `_` for what has no place there.
+fn in_a_word(text: &str) -> String {
+    let plain = |c: char| c.is_alphanumeric() || "#+-.:=@_".contains(c);
+    let spaced = text.split_whitespace().collect::<Vec<_>>().join("_");
+    spaced.chars().map(|c| if plain(c) { c } else { '_' }).collect()
+}
+
+/// The disk of which the system inside tells this serial number: as it is, or behind who made the disk and what it is, and before
+/// what that system counts of it (LUNs on USB, namespaces of NVMe).
+pub(super) fn by_serial<'a>(disks: &'a [Disk], told: &str) -> Option<&'a Disk> {
+    let told = in_a_word(told);
+    let at_the_end = |told: &str| -> Option<&'a Disk> {
+        let is = |disk: &&Disk| {
+            let before = told.strip_suffix(in_a_word(&disk.serial).as_str());
+            before.is_some_and(|before| before.is_empty() || before.ends_with('_'))
+        };
+        // Of two, one of which ends as the other is called, the one that says more.
+        disks.iter().filter(is).max_by_key(|disk| disk.serial.len())
+    };
+    at_the_end(&told)
+        .or_else(|| ["-0:0", "_1"].into_iter().find_map(|end| at_the_end(told.strip_suffix(end)?)))
 }
 
 /// Disks of a domain, by target: those that it runs with, else those of its next start.
@@ -41,8 +80,8 @@ pub(crate) fn disks(records: &Records, view: &InstanceView) -> Vec<Disk> {
         if is_no_drive(identity) {
             continue;
         }
-        let bus = DISK_BUSES.iter().find(|(n, _)| Some(*n) == key("io.bus"));
-        let bus = bus.map_or(DiskBus::VirtioScsi, |(_, b)| *b);
+        let said = DISK_BUSES.iter().find(|(n, _)| Some(*n) == key("io.bus")).map(|(_, b)| *b);
+        let bus = said.unwrap_or(DiskBus::VirtioScsi);
         let root = key("path") == Some("/");
         let (volume, path) = match (key("pool"), key("source")) {
             (Some(pool), Some(source)) => (
@@ -55,7 +94,15 @@ pub(crate) fn disks(records: &Records, view: &InstanceView) -> Vec<Disk> {
             ),
             _ => (None, None),
         };
-        all.push(Disk { slot: identity.slot.clone(), target: target(&identity.slot, bus).0, volume, path });
+        // They were read when they were written.
+        let options = key("io.options").and_then(|text| DiskOptions::parse("", text, said).ok());
+        all.push(Disk {
+            slot: identity.slot.clone(),
+            target: target(&identity.slot, bus).0,
+            volume,
+            path,
+            serial: serial(name, bus, &options.unwrap_or_default()),
+        });
     }
     all.sort_by(|a, b| a.target.cmp(&b.target));
     all
@@ -279,6 +326,41 @@ pub async fn wake(call: Call) -> Answered {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn disks_are_found_by_what_systems_tell_of_them() {
+        let disk = |name: &str, bus: DiskBus, options: &str| {
+            let options = match options {
+                "" => DiskOptions::default(),
+                text => DiskOptions::parse("", text, Some(bus)).unwrap(),
+            };
+            let serial = serial(name, bus, &options);
+            Disk { slot: String::new(), target: name.into(), volume: None, path: None, serial }
+        };
+        let all = [
+            disk("root", DiskBus::VirtioScsi, ""),
+            disk("my_data", DiskBus::VirtioBlk, ""),
+            disk("own", DiskBus::VirtioScsi, "serial=WD  9A 96"),
+            disk("short", DiskBus::VirtioBlk, "serial=96"),
+            disk("a-name-that-is-rather-long", DiskBus::VirtioBlk, ""),
+            disk("stick", DiskBus::Usb, ""),
+        ];
+        for (told, name) in [
+            ("0QEMU_QEMU_HARDDISK_incus_root", Some("root")),
+            ("incus_root", Some("root")),
+            ("incus_my_data", Some("my_data")),
+            ("0QEMU_QEMU_HARDDISK_WD_9A_96", Some("own")),
+            ("WD  9A 96", Some("own")),
+            ("96", Some("short")),
+            ("incus_a-name-that-is", Some("a-name-that-is-rather-long")),
+            ("QEMU_QEMU_HARDDISK_incus_stick-0:0", Some("stick")),
+            ("root", None),
+            ("196", None),
+            ("", None),
+        ] {
+            assert_eq!(by_serial(&all, told).map(|d| d.target.as_str()), name, "{told}");
+        }
+    }
 
     #[test]
     fn maps_of_processors() {

@@ -1,6 +1,6 @@
 //! What the agent inside a guest answers: file systems, clock, processors, users, and commands of its own protocol.
 
-use super::{Answered, Named, domain::is_running, nothing};
+use super::{Answered, Named, domain::is_running, figures::by_serial, nothing};
 use crate::{
     error::{Code, Part, VirError},
     session::Call,
@@ -134,10 +134,6 @@ pub async fn trim(call: Call) -> Answered {
 /// Name, mount point and kind of a file system, and the targets of its disks.
 fn file_systems(view: &InstanceView, call: &Call, answer: &Value) -> Vec<([String; 3], Vec<String>)> {
     let disks = super::figures::disks(&call.session.front.engine.inner().inventory.read(), view);
-    let by_serial = |serial: &str| {
-        let slot = view.instance.identities.get(serial).map(|i| &i.slot)?;
-        disks.iter().find(|d| d.slot == *slot).map(|d| d.target.clone())
-    };
     list(answer)
         .filter_map(|f| {
             let texts = [text_of(f, "mountpoint")?, text_of(f, "name")?, text_of(f, "type")?];
@@ -145,7 +141,8 @@ fn file_systems(view: &InstanceView, call: &Call, answer: &Value) -> Vec<([Strin
                 .get("disk")
                 .into_iter()
                 .flat_map(list)
-                .filter_map(|d| by_serial(d.get("serial")?.as_str()?.rsplit('_').next()?))
+                .filter_map(|d| by_serial(&disks, d.get("serial")?.as_str()?))
+                .map(|d| d.target.clone())
                 .collect();
             Some((texts, of.into_iter().collect()))
         })
@@ -335,7 +332,7 @@ const DISKS: u32 = 32;
 const INTERFACES: u32 = 64;
 
 /// What the agent tells of disks as its system sees them, whole ones and parts of them. Which of the domain's one is its serial number
-/// says, which is the name of its device.
+/// says.
 fn disk_fields(answer: &Value, target: impl Fn(&str) -> Option<String>) -> Vec<(String, Typed)> {
     let mut all = vec![("disk.count".to_owned(), Typed::Uint(list(answer).count() as u32))];
     for (n, disk) in list(answer).enumerate() {
@@ -410,10 +407,7 @@ fn fields(kind: u32, answer: &Value, view: &InstanceView, call: &Call) -> Vec<(S
         }
         DISKS => {
             let disks = super::figures::disks(&call.session.front.engine.inner().inventory.read(), view);
-            all = disk_fields(answer, |serial| {
-                let slot = &view.instance.identities.get(serial.rsplit('_').next()?)?.slot;
-                disks.iter().find(|d| d.slot == *slot).map(|d| d.target.clone())
-            });
+            all = disk_fields(answer, |serial| by_serial(&disks, serial).map(|d| d.target.clone()));
         }
         FILE_SYSTEMS => {
             all.push(("fs.count".into(), Typed::Uint(list(answer).count() as u32)));
