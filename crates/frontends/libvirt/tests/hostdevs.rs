@@ -140,6 +140,8 @@ async fn devices_of_others_are_ports_and_a_filter_is_a_key() {
     let view = server.engine.instance(&admin, "default", "v1").unwrap();
     let port = |name: &str| view.instance.devices[name]["to"].clone();
     assert_eq!([port("redirect0"), port("random0"), port("smartcard0")], ["unix", "tcp", "spice"]);
+    let stateful = view.instance.config.get("migration.stateful").map(String::as_str);
+    assert_eq!(stateful, Some("false"), "who is at their other ends is not kept with the machine's memory");
     let rules = "0x08:-1:-1:-1:0|-1:-1:-1:-1:1";
     assert_eq!(view.instance.config.get("hardware.usb.filter").map(String::as_str), Some(rules));
     let text = dump(&mut client, "v1", CONFIG).await;

@@ -218,9 +218,11 @@ fn root(machine: &Machine) -> Option<&Disk> {
     machine.disks.iter().filter(can).reduce(|a, b| if b.boot > a.boot { b } else { a })
 }
 
-/// Can the memory of such a machine be kept? What it shares with its host, and what of the host's it has, is another thing later.
+/// Can the memory of such a machine be kept? What it shares with its host, what of the host's it has, and devices whose other end speaks
+/// of them are another thing later.
 fn can_be_kept(machine: &Machine) -> bool {
-    machine.filesystems.is_empty() && machine.given.is_empty()
+    let spoken_of = machine.ports.iter().any(|port| port.device.place.is_device());
+    machine.filesystems.is_empty() && machine.given.is_empty() && !spoken_of
 }
 
 /// The keys of what is on its board, as it is to be.
