@@ -82,7 +82,7 @@ pub(crate) fn disks<'a>(records: &'a Records, row: &Instance) -> Result<Vec<(Str
 }
 
 impl Engine {
-    /// The disks of a virtual machine that its guest writes to, with their layers.
+    /// The disks of a virtual machine that its guest writes to, with their layers. A container has none.
     ///
     /// # Errors
     /// Not found, forbidden.

@@ -12,7 +12,7 @@ use karst_model::{Error, Result};
 use serde_json::{Value, json};
 
 /// `GET …/layers`: the disks that a machine writes to: `[{"device", "pool", "volume", "owned", "layers": [{"name", "number", "created_at"}]}]`,
-/// of each its layers over the file that the volume was made with, lowest first.
+/// of each its layers over the file that the volume was made with, lowest first; `[]` of a container.
 ///
 /// # Errors
 /// Those of the engine.
