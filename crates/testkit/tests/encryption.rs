@@ -153,25 +153,39 @@ fn volumes_are_encrypted_with_a_secret_of_their_project() {
         assert_eq!(w.engine.custom_volume(&w.admin, P, P, "v1").unwrap().size.unwrap().bytes(), 2 << 30);
 
         // A copy is the same container, and what is not encrypted does not become so.
-        let copy = async |from: &str, to: &str, config: Config| {
+        let copy = async |from: &str, to: &str, config: Config, refresh: bool| {
             let request = CopyVolume {
                 project: P.into(),
                 pool: P.into(),
                 name: from.into(),
                 snapshot: None,
                 volume_only: true,
-                refresh: false,
+                refresh,
                 exclude_older: false,
                 copy: new_volume(to, config),
             };
             w.engine.volume_copy(&w.admin, P, P, request).await
         };
-        done(&w, copy("v1", "v2", Config::new()).await).await;
+        done(&w, copy("v1", "v2", Config::new(), false).await).await;
         let made = w.engine.custom_volume(&w.admin, P, P, "v2").unwrap();
         assert_eq!(made.encryption().map(|(s, _)| s), Some(Uuid::from_u128(2)));
         done(&w, volume(&w, "plain", keys(&[("size", "1GiB")])).await).await;
-        let e = refused(&w, copy("plain", "v3", keys(&[("encryption.secret", &secret(1))])).await).await;
+        let e =
+            refused(&w, copy("plain", "v3", keys(&[("encryption.secret", &secret(1))]), false).await).await;
         assert_eq!(e.field.as_deref(), Some("config.encryption.secret"));
+
+        // A refresh brings the whole container, which the secret of the original opens.
+        let with = |n: u128| {
+            let mut config = of(n);
+            config.insert("size".into(), "2GiB".into());
+            config
+        };
+        done(&w, change(with(1)).await).await;
+        let e = refused(&w, copy("v1", "v2", Config::new(), true).await).await;
+        assert!(e.is(ErrorKind::Conflict) && e.message.contains("encryption.secret"), "{e}");
+        assert_eq!(e.field.as_deref(), Some("source.name"));
+        done(&w, change(with(2)).await).await;
+        done(&w, copy("v1", "v2", Config::new(), true).await).await;
         assert_eq!(w.faults().await, Vec::<String>::new());
     });
 }

@@ -204,10 +204,9 @@ impl Engine {
                 snapshots.len(),
                 "copy it without its snapshots (instance_only)",
             )?;
-            let tip = source.current_snapshot.and_then(|id| {
-                snapshots.iter().position(|s| states.iter().any(|(old, new)| *old == id && *new == s.id))
-            });
-            create.instance.current_snapshot = tip.map(|n| snapshots[n].id);
+            let ids: BTreeMap<SnapshotId, SnapshotId> = states.iter().copied().collect();
+            let parents = all.iter().map(|s| (s.id, s.parent)).collect();
+            create.instance.current_snapshot = among(source.current_snapshot, &parents, &ids);
             let paused = if at.is_none() { guest(&records, source) } else { None };
             let frozen = paused.map(|_| SnapshotId(inner.env.uuid()));
             let machine = Twin::of((&source.value, create.instance.id), frozen, at.map(|s| s.id), states);
@@ -251,6 +250,24 @@ impl Engine {
     }
 }
 
+/// The nearest of a line of snapshots that a copy has too, as it is called there. `parents` are those of the original, `ids` those that
+/// the copy has.
+pub(super) fn among(
+    mut from: Option<SnapshotId>,
+    parents: &BTreeMap<SnapshotId, Option<SnapshotId>>,
+    ids: &BTreeMap<SnapshotId, SnapshotId>,
+) -> Option<SnapshotId> {
+    // A line is no longer than all.
+    for _ in 0..=parents.len() {
+        let id = from?;
+        if let Some(new) = ids.get(&id) {
+            return Some(*new);
+        }
+        from = parents.get(&id).copied().flatten();
+    }
+    None
+}
+
 /// The snapshots of a copy, after the ids of those of the root and of the instance that they are made of, oldest first.
 #[allow(clippy::type_complexity)] // two lists of pairs of the same type
 fn history(
@@ -260,9 +277,10 @@ fn history(
     instance: InstanceId,
     root: VolumeId,
 ) -> (Vec<(SnapshotId, SnapshotId)>, Vec<(SnapshotId, SnapshotId)>, Vec<Snapshot>) {
-    let ids: BTreeMap<SnapshotId, SnapshotId> =
-        all.iter().map(|s| (s.id, SnapshotId(inner.env.uuid()))).collect();
     let kept = |s: &Snapshot| s.volumes.iter().find(|(v, _)| *v == old_root).map(|(_, at)| *at);
+    let ids: BTreeMap<SnapshotId, SnapshotId> =
+        all.iter().filter(|s| kept(s).is_some()).map(|s| (s.id, SnapshotId(inner.env.uuid()))).collect();
+    let parents = all.iter().map(|s| (s.id, s.parent)).collect();
     let (mut history, mut states, mut snapshots) = (vec![], vec![], vec![]);
     for old in all {
         let (Some(at), Some(id)) = (kept(old), ids.get(&old.id)) else { continue };
@@ -271,7 +289,7 @@ fn history(
         snapshots.push(Snapshot {
             id: *id,
             instance,
-            parent: old.parent.and_then(|p| ids.get(&p).copied()),
+            parent: among(old.parent, &parents, &ids),
             volumes: vec![(root, *id)],
             // Memory is that of the original: it has other addresses and another UUID.
             stateful: false,
@@ -493,5 +511,25 @@ impl Saga for InstanceCopy {
 
     fn announce(plan: &CopyPlan) -> Vec<(&'static str, String)> {
         plan.create.announce()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_not_copied_is_nobodys_parent() {
+        let id = |n: u128| SnapshotId(uuid::Uuid::from_u128(n));
+        // 1 - 2 - 3 - 4, of which the copy has the first and the last.
+        let parents = (1..=4).map(|n| (id(n), (n > 1).then(|| id(n - 1)))).collect();
+        let ids = BTreeMap::from([(id(1), id(11)), (id(4), id(14))]);
+        assert_eq!(among(Some(id(4)), &parents, &ids), Some(id(14)));
+        assert_eq!(among(Some(id(3)), &parents, &ids), Some(id(11)));
+        assert_eq!(among(None, &parents, &ids), None);
+        assert_eq!(among(Some(id(9)), &parents, &ids), None, "it is gone");
+        assert_eq!(among(Some(id(3)), &parents, &BTreeMap::new()), None);
+        let ring = BTreeMap::from([(id(1), Some(id(2))), (id(2), Some(id(1)))]);
+        assert_eq!(among(Some(id(1)), &ring, &BTreeMap::new()), None);
     }
 }

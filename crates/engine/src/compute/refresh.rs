@@ -4,7 +4,12 @@
 //! What the copy was is kept in a snapshot until the end, so that a refresh that fails leaves the copy as it was. Only the
 //! last step destroys: it drops that snapshot, and those that went.
 
-use super::{copy::CopyInstance, lock, path, states::Twin, templates};
+use super::{
+    copy::{CopyInstance, among},
+    lock, path,
+    states::Twin,
+    templates,
+};
 use crate::{
     Engine, EngineInner, Records, Row,
     context::Context,
@@ -111,30 +116,33 @@ impl Engine {
             let alone = at.is_some() || request.instance_only;
             let shared: BTreeMap<_, _> =
                 ours.iter().map(|s| ((s.name.clone(), s.created_at), s.id)).collect();
+            let newest = ours.iter().map(|s| s.created_at).max();
+            let of_root = |s: &Snapshot| s.volumes.iter().find(|(v, _)| *v == from.id).map(|(_, at)| *at);
+            let older = |s: &Snapshot| request.exclude_older && newest.is_some_and(|n| s.created_at < n);
+            // Those that the copy has or gets.
             let mut ids: BTreeMap<SnapshotId, SnapshotId> = BTreeMap::new();
             for s in &theirs {
-                let same = shared.get(&(s.name.clone(), s.created_at)).copied();
-                ids.insert(s.id, same.unwrap_or_else(|| SnapshotId(inner.env.uuid())));
+                if let Some(same) = shared.get(&(s.name.clone(), s.created_at)) {
+                    ids.insert(s.id, *same);
+                } else if of_root(s).is_some() && !older(s) {
+                    ids.insert(s.id, SnapshotId(inner.env.uuid()));
+                }
             }
-            let newest = ours.iter().map(|s| s.created_at).max();
+            let parents = theirs.iter().map(|s| (s.id, s.parent)).collect();
             let (mut missing, mut made, mut gone) = (vec![], vec![], vec![]);
             let mut history = vec![];
             if !alone {
                 let kept: BTreeSet<SnapshotId> = ids.values().copied().collect();
                 gone = ours.iter().filter(|s| !kept.contains(&s.id)).collect();
                 for old in theirs.iter().filter(|s| !shared.contains_key(&(s.name.clone(), s.created_at))) {
-                    let Some((_, then)) = old.volumes.iter().find(|(v, _)| *v == from.id) else { continue };
-                    if request.exclude_older && newest.is_some_and(|n| old.created_at < n) {
-                        continue;
-                    }
-                    let id = ids[&old.id];
-                    missing.push((*then, id));
+                    let (Some(then), Some(id)) = (of_root(old), ids.get(&old.id).copied()) else { continue };
+                    missing.push((then, id));
                     history.push((old.id, id));
                     made.push(Taken::Instance {
                         snapshot: Box::new(Snapshot {
                             id,
                             instance: target.id,
-                            parent: old.parent.and_then(|p| ids.get(&p).copied()),
+                            parent: among(old.parent, &parents, &ids),
                             volumes: vec![(to.id, id)],
                             stateful: false,
                             spec_version: 1,
@@ -151,11 +159,8 @@ impl Engine {
                 .filter(|_| machine)
                 .map(|s| MachineStateRef { instance: target.id, snapshot: s.id });
             let states = states.collect();
-            let tip = if alone {
-                target.current_snapshot
-            } else {
-                source.current_snapshot.and_then(|id| ids.get(&id).copied())
-            };
+            let tip =
+                if alone { target.current_snapshot } else { among(source.current_snapshot, &parents, &ids) };
             let gone: Vec<Taken> = gone.into_iter().cloned().map(|s| Row2::Instance(s).taken()).collect();
             let paused = if at.is_none() { guest(&records, source) } else { None };
             let frozen = paused.map(|_| SnapshotId(inner.env.uuid()));
@@ -224,6 +229,15 @@ impl Engine {
             }
             crate::checkpoints::demand_none(&records, target.id, "and would get another disk")?;
             crate::keys::demand_same(&target.config, &source.config).map_err(|e| e.at("source.name"))?;
+            if source.encryption() != target.encryption() {
+                // What opens the original opens what it becomes.
+                let text = format!(
+                    "volume {:?} is opened by another secret than {:?}, which it would become; give it that one's first: karst storage \
+                     volume set {pool} {} encryption.secret=UUID",
+                    &**name, request.name, &**name
+                );
+                return Err(Error::conflict(text).at("source.name"));
+            }
             crate::layers::demand_one(&records, target.id, "and would get another disk")?;
             if source.content != target.content {
                 let text = format!(
