@@ -209,12 +209,18 @@ mod tests {
         assert_eq!(ports.group(None).map(|g| g.name.as_str()), Some("slow"));
         assert_eq!(ports.group(Some("a.b")).map(|g| g.usual), Some(false));
         assert!(ports.group(Some("other")).is_none() && parse(&[]).unwrap().is_usual());
+        for most in ["8kbit", "100Gbit"] {
+            assert!(parse(&[("limits.egress", most)]).is_ok(), "{most}");
+        }
     }
 
     #[test]
     fn what_makes_no_sense_is_named() {
         for (pairs, field) in [
             (&[("limits.ingress", "x")][..], "limits.ingress"),
+            (&[("limits.ingress", "7999")], "limits.ingress"),
+            (&[("limits.ingress", "101Gbit")], "limits.ingress"),
+            (&[("limits.egress", "2Mbit"), ("limits.egress.peak", "1Tbit")], "limits.egress.peak"),
             (&[("limits.egress.peak", "1Mbit")], "limits.egress.peak"),
             (&[("limits.egress", "2Mbit"), ("limits.egress.peak", "1Mbit")], "limits.egress.peak"),
             (&[("limits.egress", "2Mbit"), ("limits.egress.burst", "1kB")], "limits.egress.burst"),

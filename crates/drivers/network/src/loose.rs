@@ -124,10 +124,16 @@ pub(crate) fn cables(t: &mut Table, loose: &Loose) {
     }
 }
 
+/// Bytes of so many bits a second, as many as the kernel takes with a burst beside them: one rule that it refuses would keep all
+/// tables of the host from changing, and a record may be older than the bound of the keys.
+fn bytes(bits: u64) -> u64 {
+    (bits / 8).clamp(1, 12_500_000_000)
+}
+
 /// What is more than so many bits a second is dropped. At once passes what the kernel's bucket holds: a second's worth and the
 /// burst (`nft_limit`).
 pub(crate) fn rate(bits: u64) -> String {
-    let bytes = (bits / 8).max(1);
+    let bytes = bytes(bits);
     format!("limit rate over {bytes} bytes/second burst {} bytes drop", (bytes / 8).clamp(65_536, 1 << 30))
 }
 
@@ -137,7 +143,8 @@ pub(crate) fn rates(average: u64, more: RateMore) -> Vec<String> {
     let average = match more.burst {
         None => rate(average),
         Some(burst) => {
-            format!("limit rate over {} bytes/second burst {burst} bytes drop", (average / 8).max(1))
+            let burst = burst.clamp(10_000, 1 << 30);
+            format!("limit rate over {} bytes/second burst {burst} bytes drop", bytes(average))
         }
     };
     peak.into_iter().chain([average]).collect()
@@ -151,4 +158,21 @@ pub(crate) fn priority(n: u32) -> Option<String> {
 /// A port of which nothing is demanded needs no rule.
 pub(crate) fn has_rules(port: &PortSpec) -> bool {
     *port != PortSpec { interface: port.interface.clone(), ..Default::default() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_rate_is_more_than_the_kernel_takes() {
+        assert_eq!(rate(80_000_000), "limit rate over 10000000 bytes/second burst 1250000 bytes drop");
+        let most = "limit rate over 12500000000 bytes/second burst 1073741824 bytes drop";
+        assert_eq!(rate(u64::MAX), most);
+        assert_eq!(rate(0), "limit rate over 1 bytes/second burst 65536 bytes drop");
+        let more = RateMore { peak: Some(u64::MAX), burst: Some(u64::MAX) };
+        assert_eq!(rates(u64::MAX, more), [most, most]);
+        let more = RateMore { peak: None, burst: Some(1) };
+        assert_eq!(rates(8000, more), ["limit rate over 1000 bytes/second burst 10000 bytes drop"]);
+    }
 }

@@ -235,10 +235,17 @@ fn port(keys: &Keys<'_>) -> Result<PortSpec> {
     })
 }
 
+/// What a rate may be, in bits a second. The kernel counts nanoseconds times bytes in 64 bits: with a burst beside it more than
+/// this does not fit for long, and it would refuse the tables of the whole host.
+const RATES: std::ops::RangeInclusive<u64> = 8000..=100_000_000_000;
+
 /// Bits a second, as Incus writes them: `10Mbit`, `1Gibit`, `250kbit`, or a number.
 pub(crate) fn bits(field: &str, text: &str) -> Result<u64> {
     let wrong = || {
-        Error::invalid(field, format!("{text:?} is not a rate of at least 8kbit, such as 10Mbit or 1Gbit"))
+        Error::invalid(
+            field,
+            format!("{text:?} is not a rate from 8kbit to 100Gbit, such as 10Mbit or 1Gbit"),
+        )
     };
     let at = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
     let (number, unit) = text.split_at(at);
@@ -254,7 +261,12 @@ pub(crate) fn bits(field: &str, text: &str) -> Result<u64> {
         "Ti" => 1 << 40,
         _ => return Err(wrong()),
     };
-    number.parse::<u64>().ok().and_then(|n| n.checked_mul(factor)).filter(|b| *b >= 8000).ok_or_else(wrong)
+    number
+        .parse::<u64>()
+        .ok()
+        .and_then(|n| n.checked_mul(factor))
+        .filter(|b| RATES.contains(b))
+        .ok_or_else(wrong)
 }
 
 /// Checks an interface name as Linux takes it (1 to 15 bytes, no `/`, no white space); names that programs would take for
