@@ -234,6 +234,15 @@ pub struct VsockHostDevice {
 /// Numbers of machines that have no fixed one begin here, and go on with what libvirt's clients know as a domain's id.
 const FIRST_CID: u32 = 0x4b00_0000;
 
+/// May this be the fixed number of a machine? The first are the hypervisor's and the host's; the last are those of machines that have
+/// none of their own, and anybody's.
+pub fn is_fixed_cid(cid: u32) -> bool {
+    (3..FIRST_CID).contains(&cid)
+}
+
+/// What such a number is, for a user.
+pub const FIXED_CIDS: &str = "from 3 to 1258291199";
+
 /// The number of a machine that has no fixed one, in this run.
 pub fn own_cid(domain_id: u32) -> u32 {
     FIRST_CID.saturating_add(domain_id)
@@ -242,11 +251,11 @@ pub fn own_cid(domain_id: u32) -> u32 {
 impl VsockHostDevice {
     pub(super) fn parse(keys: &Keys<'_>) -> Result<Self> {
         keys.known(&keys_of("vsock"))?;
-        let cid = keys.parsed::<u32>("cid", "a number from 3 on")?;
-        // The first are the hypervisor's and the host's, the last is anybody's.
-        match cid.filter(|n| *n < 3 || *n == u32::MAX) {
+        let cid = keys.parsed::<u32>("cid", &format!("a number {FIXED_CIDS}"))?;
+        match cid.filter(|n| !is_fixed_cid(*n)) {
             Some(n) => {
-                Err(Error::invalid(keys.field("cid"), format!("{n} is nobody's to have; numbers begin at 3")))
+                let text = format!("{n} is nobody's to choose; numbers are {FIXED_CIDS}");
+                Err(Error::invalid(keys.field("cid"), text))
             }
             None => Ok(Self { cid }),
         }
@@ -319,11 +328,13 @@ mod tests {
             let found = parse("vsock", pairs);
             assert!(matches!(&found, Ok(Device::Vsock(device)) if device.cid == cid), "{found:?}");
         }
-        for bad in ["0", "2", "4294967295", "-1", "auto"] {
+        for bad in ["0", "2", "1258291200", "4294967295", "-1", "auto"] {
             let e = parse("vsock", &[("cid", bad)]).unwrap_err();
             assert_eq!(e.field.as_deref(), Some("devices.d.cid"), "{bad}");
         }
         assert!(own_cid(1) != own_cid(2) && own_cid(1) > 2);
+        assert!(FIXED_CIDS.ends_with(&format!(" {}", FIRST_CID - 1)));
+        assert!(is_fixed_cid(FIRST_CID - 1) && !is_fixed_cid(own_cid(0)) && !is_fixed_cid(own_cid(u32::MAX)));
     }
 
     #[test]

@@ -127,7 +127,7 @@ pub const DEVICE_KEYS: &[DeviceKeys] = &[
         "Virtual machines, where `device_classes` of host-policy.toml grants `vsock`: sockets of the family AF_VSOCK, by which programs of the host and of the machine talk without a network.",
         &[(
             "cid",
-            "The number by which the host reaches the machine, from 3 on (one of its own for each start).",
+            "The number by which the host reaches the machine, from 3 to 1258291199 (one of its own for each start).",
         )],
     ),
 ];

@@ -6,8 +6,8 @@ use super::{Opaque, board, options, read, refuse, write, wrong};
 use crate::{error::VirError, xml::Element};
 use karst_model::{
     device::{
-        Device, Devices, HostDevice, INPUT_TOGGLES, InputEnd, InputHostDevice, UsbHostDevice, UsbMatch,
-        VsockHostDevice, own_cid,
+        Device, Devices, FIXED_CIDS, HostDevice, INPUT_TOGGLES, InputEnd, InputHostDevice, UsbHostDevice,
+        UsbMatch, VsockHostDevice, is_fixed_cid, own_cid,
     },
     instance::DeviceIdentity,
     options::Virtio,
@@ -156,8 +156,9 @@ fn vsock(e: &Element) -> Result<HostDevice, VirError> {
         // What is said beside is that of a run.
         (Some("yes"), _) | (None, None) => None,
         (None | Some("no"), Some(text)) => {
-            let cid = text.parse().ok().filter(|n: &u32| *n >= 3 && *n < u32::MAX);
-            Some(cid.ok_or_else(|| wrong(format!("guest CIDs must be >= 3: '{text}'")))?)
+            // Above are those of machines whose number is each run's own.
+            let cid = text.parse().ok().filter(|n: &u32| is_fixed_cid(*n));
+            Some(cid.ok_or_else(|| wrong(format!("guest CIDs must be >= 3, {FIXED_CIDS}: '{text}'")))?)
         }
         (Some("no"), None) => return Err(wrong("missing address of a <cid> that is not auto")),
         (Some(other), _) => return Err(wrong(format!("invalid value '{other}' of auto in <cid>"))),
@@ -503,6 +504,7 @@ mod tests {
             ("<input type='evdev'/>".to_owned(), "missing source"),
             ("<vsock model='virtio-transitional'/>".to_owned(), "vsock model: "),
             ("<vsock><cid auto='no' address='2'/></vsock>".to_owned(), "must be >= 3"),
+            ("<vsock><cid auto='no' address='1258291200'/></vsock>".to_owned(), "from 3 to 1258291199"),
             ("<vsock><cid auto='no'/></vsock>".to_owned(), "missing address"),
             ("<vsock><driver iommu='on'/></vsock>".to_owned(), "vsock driver: "),
             ("<input type='evdev'><source dev='event5'/></input>".to_owned(), "absolute path"),
