@@ -8,8 +8,8 @@ use std::net::{IpAddr, Ipv4Addr};
 
 /// Most records of a key.
 const MOST: usize = 256;
-/// Longest text of a record.
-const TEXT: usize = 1024;
+/// Most bytes of a text and its name as they are written for dnsmasq, which reads lines of 1024 and would not start with a longer one.
+const WRITTEN: usize = 1000;
 
 /// An address with its names.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -106,7 +106,7 @@ fn is_label(text: &str) -> bool {
 
 /// Printable, and not changed by who cuts the space around it off.
 fn is_text(text: &str) -> bool {
-    (1..=TEXT).contains(&text.len())
+    !text.is_empty()
         && text.bytes().all(|b| (b' '..=b'~').contains(&b))
         && text.trim_matches(' ').len() == text.len()
 }
@@ -128,7 +128,10 @@ impl DnsHost {
 impl DnsText {
     fn parse(entry: &str) -> Option<Self> {
         let (name, value) = entry.split_once(' ')?;
-        (is_name(name) && is_text(value)).then(|| Self { name: name.into(), value: value.into() })
+        // Two characters are written with another before them.
+        let written = name.len() + value.len() + value.bytes().filter(|b| matches!(b, b'"' | b'\\')).count();
+        let fits = is_name(name) && is_text(value) && written <= WRITTEN;
+        fits.then(|| Self { name: name.into(), value: value.into() })
     }
 
     /// As a key has it.
@@ -273,7 +276,7 @@ impl NetworkNames {
         plain: Option<bool>,
     ) -> Result<Self> {
         let hosts = "a host ADDRESS NAME [NAME…]";
-        let texts = "a text NAME VALUE of printable characters";
+        let texts = "a text NAME VALUE of printable characters, both of 1000 bytes at most with quotes and backslashes counted twice";
         let services =
             "a service SERVICE PROTOCOL [DOMAIN [TARGET [PORT [PRIORITY [WEIGHT]]]]], where - is none";
         let forwarders = "a forwarder ADDRESS, DOMAIN=ADDRESS or DOMAIN=";
@@ -334,8 +337,13 @@ mod tests {
 
     #[test]
     fn nothing_else_reaches_a_server_of_names() {
-        let long = "x".repeat(1025);
-        let text: &'static str = Box::leak(format!("name {long}").into_boxed_str());
+        let text_of = |letter: &str, count: usize| -> &'static str {
+            Box::leak(format!("name {}", letter.repeat(count)).into_boxed_str())
+        };
+        let (text, quotes, slashes) = (text_of("x", 997), text_of("\"", 499), text_of("\\", 499));
+        for fits in [text_of("x", 996), text_of("\"", 498), text_of("\\", 498)] {
+            assert!(parse(&[("dns.txt", fits)]).is_ok(), "{fits}");
+        }
         let many: &'static str = Box::leak(vec!["10.0.0.5 www"; 257].join(",").into_boxed_str());
         let cases: &[(&'static str, &'static str)] = &[
             ("dns.hosts", "10.0.0.5"),
@@ -348,6 +356,8 @@ mod tests {
             ("dns.txt", "name val\tue"),
             ("dns.txt", "name v\u{e4}lue"),
             ("dns.txt", text),
+            ("dns.txt", quotes),
+            ("dns.txt", slashes),
             ("dns.srv", "ldap"),
             ("dns.srv", "_l.dap tcp"),
             ("dns.srv", "ldap tcp example.org t 0"),
