@@ -210,9 +210,11 @@ pub(crate) fn open_disk(disk: &ResolvedDisk) -> Result<(OwnedFd, Option<OwnedFd>
 
 /// Descriptors of the files below that of a disk in layers, the next one first. They can be written: a merge does.
 pub(crate) fn open_lower(disk: &ResolvedDisk) -> Result<Vec<OwnedFd>> {
+    // A job that puts layers together writes to those below; of a disk that is only read there is none.
+    let write = !(disk.readonly || disk.cdrom);
     let open = |lower: &LowerFile| -> Result<OwnedFd> {
         let flags = libc::O_NOFOLLOW | libc::O_NONBLOCK;
-        let file = File::options().read(true).write(true).custom_flags(flags).open(&lower.path)?;
+        let file = File::options().read(true).write(write).custom_flags(flags).open(&lower.path)?;
         if !file.metadata()?.is_file() {
             let text = "what lies below a layer of a disk is a file";
             return Err(Error::invalid(format!("devices.{}", disk.name), text));
@@ -482,6 +484,8 @@ pub(crate) fn prepare(
     let kvm = (guest.accelerator == AcceleratorKind::Kvm).then(kvm_group).flatten();
     // The host has granted it; QEMU opens it by its name.
     let card = render.as_deref().map(std::fs::metadata).transpose()?.map(|found| found.gid());
+    // A node that no rule of udev has given a group is root's: that group would open much else.
+    let card = card.filter(|group| *group != 0);
     let (numbers, fds) = fds.into_iter().unzip();
     let spec = Spec {
         daemon: guest.daemon_id.clone(),
@@ -671,6 +675,26 @@ mod tests {
         forget(&path).unwrap();
         drop(nvram(dir.path(), "nvram.fd", template).unwrap());
         assert_eq!(std::fs::read_to_string(&path).unwrap(), "fresh");
+    }
+
+    #[test]
+    fn what_lies_below_a_disk_that_is_only_read_is_not_written() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("layer-1.img");
+        std::fs::write(&path, "kept").unwrap();
+        let below = vec![LowerFile { number: 1, path: path.clone(), format: DiskFormat::Raw }];
+        let disk = ResolvedDisk {
+            chain: karst_guest::DiskChain { number: 2, below },
+            ..karst_guest::samples::disk("data", "scsi1", dir.path().join("disk.img"), DiskFormat::Qcow2)
+        };
+        let written = |disk: &ResolvedDisk| {
+            let fd = open_lower(disk).unwrap().remove(0);
+            rustix::io::write(&fd, b"K").is_ok()
+        };
+        assert!(!written(&ResolvedDisk { readonly: true, ..disk.clone() }));
+        assert!(!written(&ResolvedDisk { cdrom: true, ..disk.clone() }));
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), "kept");
+        assert!(written(&ResolvedDisk { readonly: false, cdrom: false, ..disk }), "a merge writes to it");
     }
 
     #[test]
