@@ -229,7 +229,7 @@ impl RealAgent {
                     convert = convert.readable("base.img", open(base, false)?);
                 }
                 let args = ["convert", "-U", "-f", "qcow2", "-O", "raw", "/disk.img", "/out/disk"];
-                converted(convert.exec(Program::QemuImg, &args).await?)?;
+                converted(room.watched(convert.exec(Program::QemuImg, &args)).await?)?;
                 worker = worker.readable("disk.img", open(&room.path().join("disk"), false)?);
                 converted_to = Some(room);
                 Kind::Disk

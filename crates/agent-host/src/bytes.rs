@@ -6,14 +6,19 @@
 use crate::{
     RealAgent,
     agent::blocking,
-    storage::{contents, converted, open},
+    storage::{contents, converted, made, open},
 };
 use karst_agent::{VolumeRef, VolumeWrite, WithFds};
 use karst_host::Program;
 use karst_image::qcow2;
 use karst_model::{Error, Result, SessionId, storage::VolumeContent};
 use karst_storage::{Format, PoolDriver, Reading};
-use std::{fs::File, os::fd::OwnedFd, path::Path, time::Duration};
+use std::{
+    fs::File,
+    os::{fd::OwnedFd, unix::fs::OpenOptionsExt},
+    path::Path,
+    time::Duration,
+};
 
 /// Longest that a disk may be held open: as long as a stream may take.
 const HELD: Duration = Duration::from_secs(86_400);
@@ -52,8 +57,8 @@ impl RealAgent {
             Format::Raw => (open(&reading.located.path, false)?, None),
             _ => {
                 let room = self.staging.work()?;
-                self.flat(&reading, room.path()).await?;
-                (open(&room.path().join("disk.img"), false)?, Some(room))
+                room.watched(self.flat(&reading, room.path())).await?;
+                (OwnedFd::from(made(&room.path().join("disk.img"), false)?), Some(room))
             }
         };
         let env = self.env.clone();
@@ -90,7 +95,10 @@ impl RealAgent {
         }
         let offset = request.offset;
         blocking(move || {
-            let disk = File::options().write(true).create(true).truncate(false).open(path)?;
+            let flags = rustix::fs::OFlags::NOFOLLOW.bits() as i32;
+            let mut options = File::options();
+            options.write(true).create(true).truncate(false).custom_flags(flags);
+            let disk = options.open(path)?;
             disk.set_len(size)?;
             Ok(karst_host::fs::put_sparse(&staged, &disk, offset)?)
         })
@@ -133,7 +141,7 @@ impl RealAgent {
         let args = ["convert", "-f", "qcow2", "-O", "raw", "/upload", "/out/disk.img"];
         converted(worker.exec(Program::QemuImg, &args).await?)?;
         let path = filling.directory().join("disk.img");
-        blocking(move || Ok(File::options().write(true).open(path)?.set_len(size)?)).await?;
+        blocking(move || Ok(made(&path, true)?.set_len(size)?)).await?;
         filling.commit().await.map(drop)
     }
 }

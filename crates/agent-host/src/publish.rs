@@ -6,10 +6,10 @@
 use crate::{
     RealAgent,
     backups::{packed, template_texts, yaml},
-    storage::{contents, converted, open},
+    storage::{STREAM, contents, converted, open},
 };
 use karst_agent::{ImagePublish, VolumeRebuild};
-use karst_host::Program;
+use karst_host::{Program, sandbox::Limits};
 use karst_image::{
     Staged, Upload,
     backup::{Kind, Piece},
@@ -64,7 +64,9 @@ impl RealAgent {
                 convert = convert.readable("base.img", open(base, false)?);
             }
             let args = ["convert", "-U", "-f", from, "-O", "qcow2", "/disk.img", "/out/disk"];
-            converted(convert.exec(Program::QemuImg, &args).await?)?;
+            let convert =
+                |left| convert.limits(Limits { file_size: left, ..STREAM }).exec(Program::QemuImg, &args);
+            converted(made.fill(convert).await?)?;
             worker = worker.readable("disk.img", open(&made.path().join("disk"), false)?);
             disk = Some(made);
             ("rootfs.img", Kind::Disk)

@@ -83,6 +83,8 @@ pub(crate) struct Staging {
     begun: Notify,
     /// Directories in which volumes are converted.
     work: Mutex<BTreeSet<PathBuf>>,
+    /// Who has it fills one of them.
+    turn: tokio::sync::Mutex<()>,
 }
 
 struct Uploaded {
@@ -134,6 +136,7 @@ impl Staging {
             backups: Mutex::default(),
             begun: Notify::new(),
             work: Mutex::default(),
+            turn: tokio::sync::Mutex::default(),
         })
     }
 
@@ -457,6 +460,37 @@ impl Scratch {
     pub fn path(&self) -> &Path {
         &self.path
     }
+
+    /// Does what fills it, one such work of the host at a time: it is told how many bytes it may write, and is broken off where less
+    /// is free than the file system keeps for others. What is there when it has ended counts as taken, so the next one finds less.
+    ///
+    /// # Errors
+    /// Quota where nothing is left; those of the work.
+    pub async fn fill<T, F: Future<Output = Result<T>>>(&self, work: impl FnOnce(u64) -> F) -> Result<T> {
+        let _turn = self.staging.turn.lock().await;
+        let left = self.staging.free().saturating_sub(self.staging.limits.reserve.bytes());
+        match left {
+            0 => Err(self.staging.disk_full()),
+            _ => self.watched(work(left)).await,
+        }
+    }
+
+    /// Does what fills it, and breaks that off where less is free than the file system keeps for others.
+    ///
+    /// # Errors
+    /// Quota; those of the work.
+    pub async fn watched<T>(&self, work: impl Future<Output = Result<T>>) -> Result<T> {
+        let mut work = std::pin::pin!(work);
+        loop {
+            tokio::select! {
+                done = &mut work => return done,
+                () = self.staging.env.sleep(LOOK) => {}
+            }
+            if self.staging.free() < self.staging.limits.reserve.bytes() {
+                return Err(self.staging.disk_full());
+            }
+        }
+    }
 }
 
 impl Drop for Scratch {
@@ -472,6 +506,7 @@ impl Drop for Scratch {
 mod tests {
     use super::*;
     use karst_env::RealEnv;
+    use karst_model::ErrorKind;
     use std::io::Write;
 
     fn image(n: u128) -> ImageId {
@@ -489,6 +524,30 @@ mod tests {
 
     fn small() -> UploadLimits {
         UploadLimits { reserve: ByteSize(0), ..Default::default() }
+    }
+
+    #[tokio::test]
+    async fn what_fills_the_directory_is_broken_off_where_the_disk_is_full() {
+        let (_dir, s) = staging(small());
+        let room = s.work().unwrap();
+        let left = room.fill(|left| async move { Ok(left) }).await.unwrap();
+        assert!(left > 0 && left < u64::MAX, "{left}");
+        // One works and is in no hurry: the next one waits for it.
+        let turn = s.turn.lock().await;
+        let waits = room.fill(|_| async { Ok(()) });
+        assert!(tokio::time::timeout(Duration::from_millis(50), waits).await.is_err());
+        drop(turn);
+        let e = room.fill(|_| async { Err::<(), _>(Error::conflict("its own")) }).await.unwrap_err();
+        assert!(e.is(ErrorKind::Conflict), "{e}");
+
+        let (_dir, mut full) = staging(small());
+        let limits = UploadLimits { reserve: ByteSize(u64::MAX), ..Default::default() };
+        std::sync::Arc::get_mut(&mut full).unwrap().limits = limits;
+        let room = Scratch { staging: full.clone(), path: full.directory.join("x.work") };
+        std::fs::create_dir(&room.path).unwrap();
+        let never = std::future::pending::<Result<()>>();
+        assert!(room.watched(never).await.unwrap_err().is(ErrorKind::Quota));
+        assert!(room.fill(|_| async { Ok(()) }).await.unwrap_err().is(ErrorKind::Quota));
     }
 
     #[test]

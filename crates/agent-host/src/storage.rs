@@ -26,6 +26,7 @@ use karst_model::{
 };
 use karst_storage::{Contents, Filling, Format, NewVolume, PoolDriver, Reading, Snapshots, Source};
 use rustix::{
+    fs::OFlags,
     io::Errno,
     pipe::{PipeFlags, SpliceFlags, pipe_with, splice},
 };
@@ -69,6 +70,16 @@ pub(crate) fn contents(pool: &dyn PoolDriver) -> Result<&dyn Contents> {
 pub(crate) fn open(path: &Path, write: bool) -> Result<OwnedFd> {
     let flags = rustix::fs::OFlags::NOFOLLOW.bits() as i32;
     Ok(File::options().read(true).write(write).custom_flags(flags).open(path)?.into())
+}
+
+/// What a worker made, which is a file: a link or a pipe that it left in its place leads nowhere and holds nobody up.
+pub(crate) fn made(path: &Path, write: bool) -> Result<File> {
+    let flags = (OFlags::NOFOLLOW | OFlags::NONBLOCK).bits() as i32;
+    let file = File::options().read(true).write(write).custom_flags(flags).open(path)?;
+    match file.metadata()?.is_file() {
+        true => Ok(file),
+        false => Err(Error::internal("a worker made something else than a file", path.display())),
+    }
 }
 
 fn check_format(content: VolumeContent, format: StreamFormat, export: bool) -> Result<()> {
@@ -432,8 +443,13 @@ impl RealAgent {
                     }
                     Box::pin(async move {
                         let args = ["convert", "-U", "-f", from, "-O", to, "/disk.img", "/out/disk"];
-                        converted(worker.exec(Program::QemuImg, &args).await?)?;
-                        let disk = File::open(out.path().join("disk"))?;
+                        let convert = |left| {
+                            // A raw disk is mostly holes: of it only what it takes is bounded.
+                            let file_size = if to == "qcow2" { left } else { STREAM.file_size };
+                            worker.limits(Limits { file_size, ..STREAM }).exec(Program::QemuImg, &args)
+                        };
+                        converted(out.fill(convert).await?)?;
+                        let disk = made(&out.path().join("disk"), false)?;
                         drop(out);
                         pour(disk, sink).await
                     })
@@ -532,7 +548,7 @@ async fn fill(
     }
     let name = if format == StreamFormat::Vmdk { "vmdk" } else { "qcow2" };
     if format == StreamFormat::Qcow2 {
-        qcow2::check("volume", &File::open(&upload)?)?;
+        qcow2::check("volume", &made(&upload, false)?)?;
         // Converting reads what lies past the end as zeros; only the check tells a cut or damaged file. Its exit code 3
         // means lost clusters, which is harmless.
         let checking = worker().writable("out", out()?);
@@ -630,6 +646,20 @@ mod tests {
         let mut file = tempfile::tempfile().unwrap();
         file.write_all(content).unwrap();
         file
+    }
+
+    #[test]
+    fn only_a_file_is_what_a_worker_made() {
+        let dir = tempfile::tempdir().unwrap();
+        let (file, link, pipe) = (dir.path().join("disk"), dir.path().join("link"), dir.path().join("pipe"));
+        std::fs::write(&file, "1234").unwrap();
+        std::os::unix::fs::symlink(&file, &link).unwrap();
+        rustix::fs::mknodat(rustix::fs::CWD, &pipe, rustix::fs::FileType::Fifo, 0o600.into(), 0).unwrap();
+        made(&file, true).unwrap().set_len(2).unwrap();
+        assert_eq!(made(&file, false).unwrap().metadata().unwrap().len(), 2);
+        assert!(made(&link, false).is_err() && made(&link, true).is_err());
+        assert!(made(&pipe, false).is_err(), "and nobody waits for who writes to it");
+        assert!(made(dir.path(), false).is_err());
     }
 
     #[test]

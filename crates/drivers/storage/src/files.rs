@@ -21,7 +21,7 @@ use crate::{
     Contents, Descriptions, DiskLayers, Filling, Format, Located, NewVolume, OpenTree, PoolDriver, Reading,
     Snapshots, Source, VolumeInfo, abilities, descriptions,
     driver::apart,
-    filling::FileFilling,
+    filling::{FileFilling, made},
     flush,
     growth::grow_raw,
     hold::Hold,
@@ -465,8 +465,9 @@ pub(crate) async fn convert(worker: &Launcher, disk: &Path, backing: Option<&Pat
     // -U: whoever has it open was paused; there is no lock to wait for.
     let args = ["convert", "-U", "-f", "qcow2", "-O", "raw", "/disk.img", "/out/disk.img"];
     done(sandbox.exec(Program::QemuImg, &args).await?)?;
-    let made = to.join("disk.img");
-    states::set_mode(&made, 0o600)
+    let disk = to.join("disk.img");
+    made(&disk, false)?;
+    states::set_mode(&disk, 0o600)
 }
 
 /// A qcow2 overlay over `base.img` beside it.

@@ -2,7 +2,7 @@
 
 use super::{Kept, Object, ObjectPool, Work, blocking, clear_place, info};
 use crate::{
-    Contents, Filling, Format, Located, NewVolume, PoolDriver, Reading, Source, VolumeInfo,
+    Contents, Filling, Format, Located, NewVolume, PoolDriver, Reading, Source, VolumeInfo, filling::made,
     states::check_disk_size,
 };
 use async_trait::async_trait;
@@ -103,7 +103,7 @@ impl Filling for ObjectFilling {
         let Self { pool, staging, work, volume, old } = *self;
         let work = match (staging, work) {
             (Some(staging), _) => {
-                let came = std::fs::metadata(staging.0.join("disk.img"))?.len().next_multiple_of(512);
+                let came = made(&staging.0.join("disk.img"), false)?.len().next_multiple_of(512);
                 // A disc is as large as what is on it; a disk keeps what it has beyond.
                 let size = match old.content {
                     VolumeContent::Iso => came,
@@ -117,7 +117,11 @@ impl Filling for ObjectFilling {
             }
             (None, Some((work, at))) => {
                 let inside = at.clone();
-                blocking(move || Ok(std::fs::rename(inside.join("tree"), inside.join("rootfs"))?)).await?;
+                blocking(move || {
+                    made(&inside.join("tree"), true)?;
+                    Ok(std::fs::rename(inside.join("tree"), inside.join("rootfs"))?)
+                })
+                .await?;
                 pool.unmount(at).await?;
                 work
             }

@@ -25,7 +25,7 @@ pub mod zfs;
 use crate::{
     Contents, Descriptions, Format, Hold, Located, NewVolume, PoolDriver, Snapshots, Source, VolumeInfo,
     driver::apart,
-    files::{convert, grown_size, mismatch},
+    files::{convert, grown_size, mismatch, open},
     states::{check_disk_size, copy_tree},
 };
 use async_trait::async_trait;
@@ -296,7 +296,7 @@ impl ObjectPool {
         self.make(work.object(), kept).await?;
         let device = self.backend().device(work.object()).await?;
         let poured = blocking(move || {
-            let source = File::open(&from)?;
+            let source = File::from(open(&from, false)?);
             let size = io::Seek::seek(&mut &source, io::SeekFrom::End(0))?;
             let target = File::options().write(true).open(&device)?;
             karst_host::fs::copy_sparse(&source, &target, size)?;
