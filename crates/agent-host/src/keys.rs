@@ -30,6 +30,10 @@ pub(crate) struct Given<'a> {
     of: KeyOwner,
 }
 
+fn is_held(now: Duration, since: Duration) -> bool {
+    now.saturating_sub(since) < HELD
+}
+
 impl Drop for Given<'_> {
     fn drop(&mut self) {
         self.keys.held.lock().remove(&self.of);
@@ -48,7 +52,7 @@ impl Keys {
 
     fn hand_at(&self, now: Duration, request: KeysHand) -> Result<()> {
         let mut held = self.held.lock();
-        held.retain(|_, (since, _)| now.saturating_sub(*since) < HELD);
+        held.retain(|_, (since, _)| is_held(now, *since));
         if held.len() >= OWNERS && !held.contains_key(&request.of) {
             return Err(Error::quota(format!("passphrases are held for {OWNERS} calls already; try again")));
         }
@@ -73,13 +77,23 @@ impl Keys {
 
     /// That of a secret, for a guest.
     pub fn of_guest(&self, instance: InstanceId, secret: uuid::Uuid) -> Option<Passphrase> {
+        self.of_at(self.env.monotonic(), KeyOwner::Guest(instance), |keys| keys.get(&secret))
+    }
+
+    /// One of an owner's, where it is held still: what nobody came for may be there for longer than it is given.
+    fn of_at(
+        &self,
+        now: Duration,
+        of: KeyOwner,
+        which: impl FnOnce(&Passphrases) -> Option<&Passphrase>,
+    ) -> Option<Passphrase> {
         let held = self.held.lock();
-        held.get(&KeyOwner::Guest(instance)).and_then(|(_, keys)| keys.get(&secret)).cloned()
+        let (_, keys) = held.get(&of).filter(|(since, _)| is_held(now, *since))?;
+        which(keys).cloned()
     }
 
     fn of_volume(&self, volume: VolumeId) -> Result<Passphrase> {
-        let held = self.held.lock();
-        let one = held.get(&KeyOwner::Volume(volume)).and_then(|(_, keys)| keys.values().next()).cloned();
+        let one = self.of_at(self.env.monotonic(), KeyOwner::Volume(volume), |keys| keys.values().next());
         one.ok_or_else(|| {
             Error::conflict("the passphrase of the encrypted volume was not handed over; try again")
         })
@@ -119,11 +133,16 @@ mod tests {
         assert!(keys.of_disk(guest, &io).is_none(), "its call has ended");
 
         let none = || KeysHand { of: KeyOwner::Volume(VolumeId(Uuid::nil())), keys: Passphrases::new() };
+        let of_guest = |now| keys.of_at(now, KeyOwner::Guest(guest), |keys| keys.get(&secret));
+        let last = HELD - Duration::from_secs(1);
         keys.hand_at(Duration::ZERO, one("old")).unwrap();
-        keys.hand_at(HELD - Duration::from_secs(1), none()).unwrap();
-        assert!(keys.of_disk(guest, &io).is_some());
+        assert!(of_guest(last).is_some());
+        assert!(of_guest(HELD).is_none(), "it is given for its time only, whether it is gone or not");
+        keys.hand_at(last, none()).unwrap();
+        assert!(keys.held.lock().contains_key(&KeyOwner::Guest(guest)));
         keys.hand_at(HELD, none()).unwrap();
-        assert!(keys.of_disk(guest, &io).is_none(), "no call came for it");
+        assert!(!keys.held.lock().contains_key(&KeyOwner::Guest(guest)), "no call came for it");
+        assert!(keys.of_disk(guest, &io).is_none());
         assert!(keys.of_volume(VolumeId(Uuid::nil())).is_err());
     }
 }
