@@ -353,7 +353,8 @@ impl Engine {
     /// Forgets a network's definition: one that is active becomes transient and goes on by what it runs by, another is deleted.
     ///
     /// # Errors
-    /// Those of [`Engine::network_delete`]; conflict for a transient one.
+    /// Those of [`Engine::network_delete`]; conflict for a transient one; forbidden where what it runs by reaches further into the
+    /// host than its definition, for whoever may not say that.
     pub async fn network_undefine(
         &self,
         context: &Context,
@@ -361,6 +362,7 @@ impl Engine {
         name: &str,
     ) -> Result<LiveOperation> {
         let home = self.network_project(context, project)?;
+        let whole = self.edits_the_hosts(context);
         let row = self.network(context, project, name)?;
         if !row.is_active() {
             return self.network_delete(context, project, name).await;
@@ -372,6 +374,7 @@ impl Engine {
             if !row.is_active() {
                 return Err(Error::conflict(format!("network {name:?} was stopped meanwhile; try again")));
             }
+            demand_reach(whole, row.kind, row.running_config(), Some(&row.config))?;
             after.config = row.running_config().clone();
             after.life.running = None;
             after.life.transient = true;
