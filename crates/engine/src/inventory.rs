@@ -403,11 +403,14 @@ impl Records {
         };
         let filters = crate::visible::rules(project).filters();
         for port in found.iter_mut().filter_map(|(_, host)| host.port.as_mut()) {
-            port.mac_filter |= filters.contains(&"security.mac_filtering");
-            port.ipv4_filter |= filters.contains(&"security.ipv4_filtering");
-            port.ipv6_filter |= filters.contains(&"security.ipv6_filtering");
+            crate::visible::put_filters(port, filters);
         }
         found
+    }
+
+    /// The filters that a project's NICs have whatever they say.
+    pub(crate) fn filters_of(&self, project: ProjectId) -> &'static [&'static str] {
+        self.projects.get(&project).map(|row| crate::visible::rules(row).filters()).unwrap_or_default()
     }
 
     /// The instances that have a NIC with this MAC address.

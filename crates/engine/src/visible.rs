@@ -4,7 +4,7 @@
 use crate::{Engine, Records, Row, context::Context, firewall, tenancy::rules::ProjectRules};
 use karst_model::{
     Error, Result, access::Permission, device::Devices, firewall::NetworkForward, keys, network::Network,
-    project::Project, storage::Pool,
+    project::Project, spec::PortSpec, storage::Pool,
 };
 use std::{collections::BTreeSet, net::IpAddr};
 
@@ -15,6 +15,13 @@ pub(crate) fn rules(project: &Project) -> ProjectRules {
         let on = config.get("restricted").is_some_and(|v| keys::parse_bool("restricted", v).unwrap_or(true));
         ProjectRules { restricted: on.then(|| config.clone()), ..Default::default() }
     })
+}
+
+/// Puts on what a port has in a project whatever its NIC says ([`ProjectRules::filters`]).
+pub(crate) fn put_filters(port: &mut PortSpec, filters: &[&str]) {
+    port.mac_filter |= filters.contains(&"security.mac_filtering");
+    port.ipv4_filter |= filters.contains(&"security.ipv4_filtering");
+    port.ipv6_filter |= filters.contains(&"security.ipv6_filtering");
 }
 
 /// What a project sees of things with names.

@@ -331,6 +331,8 @@ pub struct Lookups<'a> {
     pub volume: &'a dyn Fn(&str, &str) -> Option<crate::Row<Volume>>,
     /// Name of the instance's host.
     pub location: &'a str,
+    /// Filters that NICs have in the instance's project whatever they say, by their keys.
+    pub filters: &'a [&'a str],
 }
 
 /// What a key of a device names, by ids.
@@ -496,7 +498,10 @@ pub fn guest_spec(
                 NicLink::Physical(_) => nic.mac.clone().unwrap_or_default(),
                 _ => id.mac.clone().unwrap_or_default(),
             },
-            port: super::nics::loose_port(&link, nic, id.host_interface.as_deref().unwrap_or_default()),
+            port: {
+                let interface = id.host_interface.as_deref().unwrap_or_default();
+                super::nics::loose_port(&link, nic, interface, lookups.filters)
+            },
             link,
             host_interface: id.host_interface.clone().unwrap_or_default(),
             ipv4: nic.ipv4,

@@ -218,6 +218,7 @@ impl EngineInner {
             bridge: &|name| Ok(records.network_by_bridge(instance.project, name)?.cloned()),
             volume: &|pool, name| records.custom_volume(instance.project, pool, name).cloned(),
             location: records.nodes.get(&instance.node).map_or("", |n| &*n.name),
+            filters: records.filters_of(instance.project),
         };
         expand::guest_spec(instance, &config, &devices, domain_id, &lookups)
     }

@@ -5,7 +5,7 @@
 
 use super::{
     expand::ParsedDevices,
-    nics::{demand_no_lease, demand_plain, network_of},
+    nics::{demand_filters, demand_no_lease, demand_plain, network_of},
 };
 use crate::{EngineInner, Records, db::Tx};
 use karst_model::{
@@ -97,7 +97,10 @@ fn check_ports(records: &Records, tx: &mut Tx, project: ProjectId, parsed: &Pars
             NetworkForm::Bridge(bridge) => bridge,
             NetworkForm::Uplink(uplink) => {
                 match uplink.kind {
-                    NetworkKind::HostBridge => demand_no_lease(device, nic, &uplink.link.parent)?,
+                    NetworkKind::HostBridge => {
+                        demand_filters(device, nic, records.filters_of(project))?;
+                        demand_no_lease(device, nic, &uplink.link.parent)?;
+                    }
                     kind => demand_plain(device, nic, kind)?,
                 }
                 if seen.insert(row.id) {

@@ -1,7 +1,7 @@
 //! What NICs are attached to: from their kind and the networks to what a host gets. Pure.
 
 use super::expand::Lookups;
-use crate::{Records, Row};
+use crate::{Records, Row, tenancy::rules::SPOOFING, visible::put_filters};
 use karst_model::{
     Error, Missing, ProjectId, Result,
     device::{NicDevice, NicKind, ParentLink},
@@ -162,11 +162,85 @@ pub(super) fn link(
     Ok((link, mtu))
 }
 
-/// What a NIC lets through where no network says it.
-pub(super) fn loose_port(link: &NicLink, nic: &NicDevice, interface: &str) -> Option<PortSpec> {
-    let port = Some(&nic.port).filter(|p| **p != PortSpec::default())?;
+/// What a NIC lets through where no network says it. On a network that is a bridge of the host it has the project's filters, as on
+/// any other network.
+pub(super) fn loose_port(
+    link: &NicLink,
+    nic: &NicDevice,
+    interface: &str,
+    filters: &[&str],
+) -> Option<PortSpec> {
+    let mut port = nic.port.clone();
+    if let (NicLink::Bridge(_), NicKind::Network { .. }) = (link, &nic.kind) {
+        put_filters(&mut port, filters);
+    }
     match link {
         NicLink::Network(_) | NicLink::Macvlan(_) | NicLink::Physical(_) | NicLink::User {} => None,
-        _ => Some(PortSpec { interface: interface.to_owned(), ..port.clone() }),
+        _ if port == PortSpec::default() => None,
+        _ => Some(PortSpec { interface: interface.to_owned(), ..port }),
+    }
+}
+
+/// Filters that a NIC on a bridge of the host has to say itself where its project demands them: they need its addresses, which nobody
+/// else knows there.
+///
+/// # Errors
+/// Forbidden, naming the key.
+pub(super) fn demand_filters(device: &str, nic: &NicDevice, filters: &[&str]) -> Result<()> {
+    let said = |key: &str| match key {
+        "security.mac_filtering" => nic.port.mac_filter,
+        "security.ipv4_filtering" => nic.port.ipv4_filter,
+        _ => nic.port.ipv6_filter,
+    };
+    match filters.iter().find(|key| !said(key)) {
+        None => Ok(()),
+        Some(key) => {
+            let text = format!(
+                "a NIC on a bridge of the host without {key} is not allowed in this project (its {SPOOFING}); set it to true, with the \
+                 address that it has where that is of a family"
+            );
+            Err(Error::forbidden(text).at(format!("devices.{device}.{key}")))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use karst_model::device::Device;
+
+    const ALL: &[&str] = &["security.mac_filtering", "security.ipv4_filtering", "security.ipv6_filtering"];
+
+    fn nic(pairs: &[(&str, &str)]) -> NicDevice {
+        let all = [("type", "nic")].into_iter().chain(pairs.iter().copied());
+        match Device::parse("eth0", &all.map(|(k, v)| (k.to_owned(), v.to_owned())).collect()) {
+            Ok(Device::Nic(nic)) => nic,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn on_a_bridge_of_the_host_the_filters_of_a_project_are_said_and_are_there_anyway() {
+        let bridge = NicLink::Bridge("br0".into());
+        let plain = nic(&[("network", "lan")]);
+        let e = demand_filters("eth0", &plain, ALL).unwrap_err();
+        assert_eq!(e.field.as_deref(), Some("devices.eth0.security.mac_filtering"));
+        assert_eq!(demand_filters("eth0", &plain, &[]), Ok(()));
+        assert_eq!(loose_port(&bridge, &plain, "tap1", &[]), None);
+        let port = loose_port(&bridge, &plain, "tap1", ALL).unwrap();
+        assert!(port.mac_filter && port.ipv4_filter && port.ipv6_filter && port.interface == "tap1");
+
+        let some = nic(&[
+            ("network", "lan"),
+            ("security.mac_filtering", "true"),
+            ("security.ipv4_filtering", "true"),
+            ("ipv4.address", "192.0.2.5"),
+        ]);
+        assert_eq!(demand_filters("eth0", &some, &ALL[..2]), Ok(()));
+        let e = demand_filters("eth0", &some, ALL).unwrap_err();
+        assert_eq!(e.field.as_deref(), Some("devices.eth0.security.ipv6_filtering"));
+        // What an administrator lets a NIC name itself is none of the project's networks.
+        let named = nic(&[("nictype", "bridged"), ("parent", "br0")]);
+        assert_eq!(loose_port(&bridge, &named, "tap1", ALL), None);
     }
 }
