@@ -576,6 +576,11 @@ pub(crate) fn converted(ended: Ended) -> Result<()> {
         _ if said.contains("No space left") => {
             Err(Error::quota("no space left in the pool").with_context(said))
         }
+        // The signal of who writes more than it may (SIGXFSZ), or what it says where that does not end it.
+        code if code == 153 || said.contains("File too large") => {
+            let text = "no space left on the host for converting the disk, beyond what it keeps free";
+            Err(Error::quota(text).with_context(said))
+        }
         _ => Err(Error::invalid("volume", "the disk image is corrupt or cut off").with_context(said)),
     }
 }
@@ -646,6 +651,19 @@ mod tests {
         let mut file = tempfile::tempfile().unwrap();
         file.write_all(content).unwrap();
         file
+    }
+
+    #[test]
+    fn a_worker_that_may_write_no_more_is_told_from_a_damaged_disk() {
+        let kind = |code, stderr: &str| {
+            let ended = Ended { code, stdout: vec![], stderr: stderr.as_bytes().to_vec() };
+            converted(ended).map_err(|e| e.kind)
+        };
+        assert_eq!(kind(0, ""), Ok(()));
+        for (code, stderr) in [(153, ""), (1, "qemu-img: File too large"), (1, "No space left on device")] {
+            assert_eq!(kind(code, stderr), Err(ErrorKind::Quota), "{code} {stderr}");
+        }
+        assert_eq!(kind(1, "qemu-img: Invalid argument"), Err(ErrorKind::Invalid));
     }
 
     #[test]
