@@ -202,6 +202,8 @@ pub(super) async fn change_over(machine: &Inner, entry: &Copying, asked: &mut bo
     if let Some(error) = job.error {
         return Err(failed(&error));
     }
+    // The job wrote the last of it while the machine stood still already: with this QEMU flushes once more, before files go.
+    execute(machine, "stop", json!({})).await?;
     let mut record = machine.record();
     let was = record.root.clone();
     let Some(devices) = &mut record.devices else {
