@@ -238,7 +238,8 @@ fn demand_shape(mut shape: Shape, share: Option<u32>, record: &mut Record) -> Re
             record.memory = then;
         }
     }
-    if shape.balloon == Some(record.memory) {
+    // One that has a balloon already says by itself what is memory and what it is to leave.
+    if record.balloon.is_none() && shape.balloon == Some(record.memory) {
         (record.memory, record.balloon) = (shape.memory, shape.balloon);
     }
     if shape.memory == record.memory {
@@ -519,5 +520,11 @@ mod tests {
         machine.record().balloon = Some(800 << 20);
         let words = shape(&machine).unwrap().words;
         assert_eq!(of(&words, 801 << 20, Some(50)).unwrap(), (1000, Some(800 << 20)));
+        // A machine that is to be so large, with a balloon of its own, is another one.
+        let mut record = machine.record().clone();
+        (record.memory, record.balloon) = (800 << 20, Some(700 << 20));
+        let e = demand_words_fit(&words, None, &mut record).unwrap_err();
+        assert!(e.is(ErrorKind::Conflict) && e.message.contains("limits.memory"), "{e}");
+        assert_eq!((record.memory, record.balloon), (800 << 20, Some(700 << 20)));
     }
 }
