@@ -3,7 +3,7 @@
 pub(crate) mod life;
 
 use crate::{
-    Engine, EngineInner, Row,
+    Engine, EngineInner, Records, Row,
     context::Context,
     db::Tx,
     events::Subject,
@@ -20,7 +20,7 @@ use karst_model::{
     storage::{Abilities, Pool, PoolKind, Usage, Volume, VolumeOwner},
 };
 use serde::{Deserialize, Serialize};
-use std::{sync::Arc, time::Duration};
+use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
 /// Lock target of a pool.
 pub fn pool_lock(id: PoolId) -> String {
@@ -35,6 +35,20 @@ pub(crate) fn use_pool(tx: &mut Tx, pool: &Row<Pool>) -> Result<()> {
     tx.expect(pool);
     tx.expect_unlocked(&target);
     tx.touch(&target);
+    Ok(())
+}
+
+/// The same of several, those of volumes that are changed, say.
+pub(crate) fn use_pools(
+    records: &Records,
+    tx: &mut Tx,
+    pools: impl IntoIterator<Item = PoolId>,
+) -> Result<()> {
+    let pools: BTreeSet<PoolId> = pools.into_iter().collect();
+    for id in pools {
+        let pool = records.pools.get(&id).ok_or_else(|| Error::not_found("the storage pool is gone"))?;
+        use_pool(tx, pool)?;
+    }
     Ok(())
 }
 

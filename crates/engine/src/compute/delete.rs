@@ -25,7 +25,7 @@ impl Engine {
     /// Deletes a stopped instance with all that it owns.
     ///
     /// # Errors
-    /// Not found, conflict when it runs or is busy, forbidden.
+    /// Not found, conflict when it runs or is busy or a pool of its volumes is not active, forbidden.
     pub async fn instance_delete(
         &self,
         context: &Context,
@@ -105,6 +105,9 @@ impl Engine {
                     snapshots.push(VolumeSnapshotRef { pool: at.pool, volume: *volume, snapshot: *id });
                 }
             }
+            // Refused as a whole: what the host refuses of a pool that is not active leaves half of an instance.
+            let pools = volumes.iter().map(|v| v.pool).chain(snapshots.iter().map(|s| s.pool));
+            crate::storage::use_pools(&records, tx, pools)?;
             let path = path(&project.name, name);
             let plan = DeletePlan { instance: row.id, node: row.node, volumes, kept, snapshots, path: path.clone() };
             Ok((plan, NewOperation::task("Deleting instance", Some(project.id), "instances", path)))
