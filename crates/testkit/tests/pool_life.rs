@@ -1,11 +1,16 @@
 //! Pools over the start of their host, and pools that are forgotten and come back with all that is in them.
 
-use karst_engine::{compute::create::CreateInstance, storage::CreatePool, volumes::create::CreateVolume};
+use karst_engine::{
+    compute::{create::CreateInstance, power::PowerRequest},
+    snapshots::{Origin, create::CreateSnapshot},
+    storage::CreatePool,
+    volumes::create::CreateVolume,
+};
 use karst_env::{Env, SeededEnv};
 use karst_model::{
     Config, ErrorKind, VolumeId,
     device::Devices,
-    instance::Status,
+    instance::{PowerAction, Status},
     pool_life::{PoolChange, PoolLife},
     storage::VolumeContent,
 };
@@ -79,6 +84,39 @@ fn what_does_not_begin_with_its_host_is_stopped_after_its_start() {
         assert_eq!(found, [Some(true), Some(false), Some(true), None]);
         w.engine.pool_start(&w.admin, "rests").await.unwrap();
         assert_eq!(life(&w, "rests").map(|life| (life.stopped, life.manual)), Some((false, true)));
+    });
+}
+
+#[test]
+fn nothing_is_begun_in_a_pool_that_is_stopped() {
+    const OF_C1: Origin<'_> = Origin::Instance { project: "default", name: "c1" };
+    SeededEnv::run(3, |env| async move {
+        let w = World::new(&env).await.unwrap();
+        made(&w, "second").await;
+        runs_from(&w, "c1", "second").await;
+        let stop = PowerRequest { action: PowerAction::Stop, timeout: None, force: true, stateful: false };
+        let operation = w.engine.instance_power(&w.admin, "default", "c1", stop).await.unwrap();
+        assert_eq!(w.ended(operation).await.error, None);
+        let take = |name: &str| CreateSnapshot { name: Some(name.into()), ..Default::default() };
+        let operation = w.engine.snapshot_create(&w.admin, OF_C1, take("s1")).await.unwrap();
+        assert_eq!(w.ended(operation).await.error, None);
+
+        w.engine.pool_stop(&w.admin, "second").await.unwrap();
+        let refused = [
+            w.engine.snapshot_create(&w.admin, OF_C1, take("s2")).await.err(),
+            w.engine.snapshot_restore(&w.admin, OF_C1, "s1").await.err(),
+            w.engine.instance_delete(&w.admin, "default", "c1").await.err(),
+        ];
+        for (n, e) in refused.into_iter().enumerate() {
+            let e = e.unwrap_or_else(|| panic!("{n} is begun"));
+            assert!(e.is(ErrorKind::Conflict) && e.message.contains("not active"), "{n}: {e}");
+        }
+        w.engine.pool_start(&w.admin, "second").await.unwrap();
+        assert_eq!(w.engine.snapshots(&w.admin, OF_C1).unwrap().len(), 1);
+        let operation = w.engine.instance_delete(&w.admin, "default", "c1").await.unwrap();
+        assert_eq!(w.ended(operation).await.error, None);
+        w.settle().await;
+        assert_eq!(w.faults().await, Vec::<String>::new());
     });
 }
 

@@ -97,6 +97,7 @@ impl Engine {
             crate::keys::demand_open_root(&records, source)?;
             crate::keys::demand_open_root(&records, target)?;
             let (from, to) = (root(&records, source)?, root(&records, target)?);
+            crate::storage::use_pools(&records, tx, [from.pool, to.pool])?;
             let taken = |i: &Instance| records.snapshots_of(i.id).into_iter().cloned().collect::<Vec<_>>();
             let (theirs, ours) = (taken(source), taken(target));
             let mut then = None;
@@ -249,6 +250,7 @@ impl Engine {
                 );
                 return Err(Error::conflict(text).at("source.name"));
             }
+            crate::storage::use_pools(&records, tx, [source.pool, target.pool])?;
             tx.expect_untouched(&records, &volumes::lock(target.id));
             let mut locks = vec![volumes::lock(source.id), volumes::lock(target.id)];
             for user in volumes::users(&records, target).instances {

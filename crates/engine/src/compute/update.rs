@@ -148,6 +148,8 @@ impl Engine {
             let planned = Planned { instance: Some(&instance), ..Default::default() };
             admit(&records, &mut Tx::default(), project.id, &planned)?;
             let grown = check_root(&records, &instance, &parsed)?.filter(|_| wanted.definition.is_some());
+            // It gets its size, and may have to get back the one that it has.
+            crate::storage::use_pools(&records, tx, grown.iter().map(|volume| volume.pool))?;
             check_disks(&records, tx, &instance, &parsed)?;
             let runtime = records.runtimes.get(&row.id);
             let running = row.status(runtime.map(|r| &r.value)).is_up();

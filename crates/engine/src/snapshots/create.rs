@@ -160,6 +160,7 @@ impl Engine {
                     (Taken::Volume { snapshot: Box::new(snapshot) }, vec![at])
                 }
             };
+            crate::storage::use_pools(&records, tx, refs.iter().map(|at| at.pool))?;
             for guest in &mut guests {
                 guest.quiesce = match request.stateful {
                     true => Quiesce::No,

@@ -194,6 +194,7 @@ pub(super) fn plan(
         _ => return Err(Error::internal("a snapshot of another kind", name)),
     };
     let volumes = row.taken().volumes(records);
+    crate::storage::use_pools(records, tx, volumes.iter().map(|at| at.pool))?;
     let machine = match found {
         Found::Instance(i) if i.kind == InstanceKind::VirtualMachine => Some(RestoredMachine {
             at: MachineStateRef { instance: i.id, snapshot: row.taken().id() },

@@ -240,6 +240,8 @@ impl Engine {
                     let mut volumes = records.volumes.values().filter(|v| v.pool == row.id);
                     volumes.try_for_each(|volume| inner.demand_unread(volume))?;
                     demand_idle(&records, row)?;
+                    // Who has begun to use it since is seen, then decided anew.
+                    tx.expect_untouched(&records, &pool_lock(row.id));
                 }
                 PoolChange::Clear => {
                     tx.expect_untouched(&records, &pool_lock(row.id));

@@ -121,7 +121,8 @@ fn demand_valid_user(
                 .at(format!("devices.{device}.pool")));
         }
         if before.get(device) != after.devices.get(device) {
-            check_root(records, instance, &parsed)?;
+            let grown = check_root(records, instance, &parsed)?;
+            crate::storage::use_pools(records, tx, grown.iter().map(|volume| volume.pool))?;
         }
         demand_unshared(records, instance, &changed_disks, taken)?;
         // Of the record: in what is flat, all is the instance's own.

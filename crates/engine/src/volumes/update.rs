@@ -116,6 +116,9 @@ impl Engine {
                 }
             }
             tx.expect(row);
+            if after.size != row.size {
+                crate::storage::use_pools(&records, tx, [row.pool])?;
+            }
             if after.size > row.size {
                 let planned = Planned { volume: Some(&after), ..Default::default() };
                 admit(&records, &mut Tx::default(), row.project, &planned)?;
