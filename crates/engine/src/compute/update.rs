@@ -523,9 +523,9 @@ impl Saga for InstanceUpdate {
             crate::keys::hand_for_change(cx, &*agent, plan.instance.project, after).await?;
             outputs.applied = Some(agent.guest_update(&cx.mutate(UPDATE), after.clone()).await?);
         }
-        if let Some(Volume { id, pool, size: Some(size), .. }) = &plan.grown {
-            let volume = VolumeRef { pool: *pool, volume: *id };
-            let resize = VolumeResize { volume, size: *size };
+        if let Some((root, size)) = plan.grown.as_ref().and_then(|v| Some((v, v.stored_size()?))) {
+            let volume = VolumeRef { pool: root.pool, volume: root.id };
+            let resize = VolumeResize { volume, size };
             cx.agent(plan.instance.node)?.volume_resize(&cx.mutate(Duration::from_secs(120)), resize).await?;
         }
         Ok(())

@@ -222,10 +222,10 @@ pub(super) fn plan(
 /// Writes down what sizes the volumes have now.
 pub(super) fn write_sizes(records: &Records, tx: &mut Tx, outputs: &RestoreOutputs) {
     for (id, size) in &outputs.sizes {
-        if let Some(volume) = records.volumes.get(id)
-            && volume.size != *size
-        {
-            tx.replace(volume, &Volume { size: *size, ..volume.value.clone() });
+        let Some(volume) = records.volumes.get(id) else { continue };
+        let size = size.map(|stored| volume.shown(stored));
+        if volume.size != size {
+            tx.replace(volume, &Volume { size, ..volume.value.clone() });
         }
     }
 }
@@ -359,8 +359,10 @@ impl RestorePlan {
     fn demand_room(&self, engine: &EngineInner, sizes: &[(VolumeId, Option<ByteSize>)]) -> Result<()> {
         let Target::Instance { instance } = &self.target else { return Ok(()) };
         let records = engine.inventory.read();
-        let now = records.volumes.get(&instance.root).and_then(|v| v.size);
-        let root = sizes.iter().find(|(id, _)| *id == instance.root).and_then(|(_, size)| *size);
+        let volume = records.volumes.get(&instance.root);
+        let now = volume.and_then(|v| v.size);
+        let stored = sizes.iter().find(|(id, _)| *id == instance.root).and_then(|(_, size)| *size);
+        let root = stored.map(|size| volume.map_or(size, |v| v.shown(size)));
         if root.is_none() || !grows(now, root) {
             return Ok(());
         }
@@ -372,6 +374,7 @@ impl RestorePlan {
 /// Outputs of [`SnapshotRestore`].
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 pub struct RestoreOutputs {
+    /// What the volumes have in their pools.
     pub(super) sizes: Vec<(VolumeId, Option<ByteSize>)>,
 }
 

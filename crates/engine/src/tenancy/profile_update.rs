@@ -401,8 +401,10 @@ async fn grow(cx: &StepContext, profile: &Profile, roots: &[(VolumeId, Option<By
             let user = records.instances.values().find(|i| i.root == *id).map(|i| i.node);
             user.zip(records.volumes.get(id).map(|v| v.value.clone()))
         };
-        if let Some((node, Volume { pool, size: Some(size), .. })) = found {
-            let resize = VolumeResize { volume: VolumeRef { pool, volume: *id }, size };
+        if let Some((node, root)) = found
+            && let Some(size) = root.stored_size()
+        {
+            let resize = VolumeResize { volume: VolumeRef { pool: root.pool, volume: *id }, size };
             cx.agent(node)?.volume_resize(&cx.mutate(APPLY), resize).await?;
         }
     }
