@@ -102,6 +102,14 @@ impl Engine {
                         .at("source.source")
                 })?),
             };
+            if let Some(at) = at.filter(|s| s.external.is_some()) {
+                let text = format!(
+                    "snapshot {:?} is the moment in which the disks went on in new layers, and holds nothing that could be copied; copy \
+                     the instance itself when its disks are one file each",
+                    &*at.name
+                );
+                return Err(Error::unsupported(text).at("source.source"));
+            }
             let name = match request.copy.name.as_deref().filter(|n| !n.is_empty()) {
                 Some(name) => Name::parse("name", name)?,
                 None => return Err(Error::invalid("name", "a copy needs a name")),
@@ -192,6 +200,8 @@ impl Engine {
             let planned =
                 Planned { instance: Some(&create.instance), root: create.volume.size, ..Default::default() };
             admit(&records, tx, project.id, &planned)?;
+            // Its files are called as those of the original: what is put over them is counted on from there.
+            create.volume.layers.made = root.layers.made;
             let from = VolumeRef { pool: root.pool, volume: root.id };
             let (history, states, snapshots) = match at.is_some() || request.instance_only {
                 true => (vec![], vec![], vec![]),

@@ -616,11 +616,16 @@ impl Saga for ContentRefresh {
 
     fn commit(plan: &RefreshPlan, outputs: &RefreshOutputs, engine: &EngineInner, tx: &mut Tx) -> Result<()> {
         let records = engine.inventory.read();
-        if let Some(row) = records.volumes.get(&plan.to.id)
-            && row.size != plan.size()
-        {
-            let spec_version = row.spec_version + 1;
-            tx.replace(row, &Volume { size: plan.size(), spec_version, ..row.value.clone() });
+        if let Some(row) = records.volumes.get(&plan.to.id) {
+            let mut volume = row.value.clone();
+            volume.size = plan.size();
+            // Its files are called as those of the original now.
+            let made = records.volumes.get(&plan.from.volume).map_or(0, |from| from.layers.made);
+            volume.layers.made = volume.layers.made.max(made);
+            if volume != row.value {
+                volume.spec_version += 1;
+                tx.replace(row, &volume);
+            }
         }
         if let Some((id, tip, metadata)) = &plan.instance {
             let row = engine.instance_row(*id)?;

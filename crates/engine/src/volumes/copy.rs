@@ -20,6 +20,7 @@ use karst_model::{
     Error, Name, NodeId, Result, SnapshotId, VolumeId,
     access::Permission,
     guest::Observed,
+    layer::Layers,
     snapshot::VolumeSnapshot,
     spec::{VolumeSource, VolumeSpec},
     storage::{Volume, VolumeContent, VolumeOwner, check_volume_config},
@@ -120,7 +121,8 @@ impl Engine {
                 config,
                 spec_version: 1,
                 created_at: inner.env.now(),
-                layers: Default::default(),
+                // Its files are called as those of the original: what is put over them is counted on from there.
+                layers: Layers { made: source.layers.made, ..Default::default() },
             };
             let planned = Planned { volume: Some(&volume), ..Default::default() };
             admit(&records, &mut Tx::default(), owner, &planned)?;
