@@ -62,6 +62,11 @@ impl RealAgent {
         }
         let user = Some(record.ids.base);
         let (from, located) = (self.locate(from, user).await?, self.locate(to, user).await?);
+        if !located.chain.below.is_empty() {
+            let text =
+                "the volume has layers, and a copy is written to a disk that is one file; merge them first";
+            return Err(Error::conflict(text).at("to"));
+        }
         let mut with = record.clone();
         if !known {
             with.copies.push(to.volume);

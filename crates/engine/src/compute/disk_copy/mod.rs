@@ -419,7 +419,6 @@ fn prepare(
             let mut volume = old.value.clone();
             volume.id = VolumeId(inner.env.uuid());
             volume.pool = pool.id;
-            volume.layers = Default::default();
             volume.spec_version += 1;
             let mut own = row.devices.clone();
             pin(&mut own, &[(device.clone(), after)].into(), &device, &pool.name);
@@ -549,6 +548,8 @@ pub(crate) fn there(
             format!("volume {:?} is encrypted, and QEMU would write over what it is opened by", row.name);
         return Err(Error::unsupported(text).at("to"));
     }
+    crate::layers::demand_one(records, row.id, "and a copy is written to a disk that is one file")
+        .map_err(|e| e.at("to"))?;
     if row.size != disk.size {
         let (has, wanted) = (row.size.unwrap_or_default(), disk.size.unwrap_or_default());
         let text =
