@@ -11,6 +11,8 @@ use serde::{Deserialize, Serialize};
 
 /// Layers of one disk at most: QEMU reads through all of them.
 pub const MOST: usize = 32;
+/// Files that lie below the active ones of all disks of one machine, at most: each is handed to QEMU by itself.
+pub const MOST_BELOW: usize = 48;
 /// Layers that a disk can have had at most.
 pub const MOST_MADE: u32 = 500_000;
 /// Longest name of a layer.

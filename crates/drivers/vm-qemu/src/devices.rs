@@ -16,7 +16,7 @@ use karst_guest::{DiskFormat, ResolvedDisk, ResolvedLink, ResolvedNic};
 use karst_model::{
     Error, Result,
     device::{DiskCache, DiskIo, NicModel, RATE_WORDS, Rates},
-    layer::MOST_MADE,
+    layer::{MOST_BELOW, MOST_MADE},
     options::{DiskOptions, NicOptions, NicSender, OnError, Virtio},
 };
 use serde_json::{Value, json};
@@ -24,7 +24,7 @@ use serde_json::{Value, json};
 /// Disks of one machine.
 pub const MAX_DISKS: usize = 64;
 /// Files below others, of all disks of one machine.
-pub const MAX_LOWER: usize = 48;
+pub const MAX_LOWER: usize = MOST_BELOW;
 /// NICs of one machine.
 pub const MAX_NICS: usize = 16;
 /// Ports of the SATA controller.

@@ -3,7 +3,7 @@
 use super::chosen;
 use crate::{
     Engine, EngineInner, Records,
-    compute::{lock, path},
+    compute::{expand, lock, path},
     context::Context,
     db::Tx,
     operations::{LiveOperation, NewOperation},
@@ -22,7 +22,7 @@ use karst_model::{
     access::Permission,
     guest::Observed,
     instance::{InstanceKind, Lifecycle, Status},
-    layer::Layer,
+    layer::{Layer, MOST_BELOW},
     snapshot::{External, ExternalDisk, Quiesce, Snapshot},
     storage::{Volume, VolumeOwner},
 };
@@ -67,8 +67,8 @@ impl Engine {
     /// Lets disks of a virtual machine go on in new layers, all at one moment.
     ///
     /// # Errors
-    /// Invalid by field, not found, conflict (busy, taken name, checkpoints, too many), unsupported for containers, shared volumes and
-    /// pools whose volumes are no files; forbidden.
+    /// Invalid by field, not found, conflict (busy, taken name, checkpoints, too many), unsupported for containers, shared and
+    /// encrypted volumes and pools whose volumes are no files; forbidden.
     pub async fn layers_create(
         &self,
         context: &Context,
@@ -115,6 +115,9 @@ impl Engine {
             }
             let wanted: Option<Vec<String>> =
                 request.disks.as_ref().map(|all| all.iter().map(|d| d.device.clone()).collect());
+            let parsed = expand::parse_devices(&records.expanded(row).1)?;
+            // As many as there are layers, for the file that a disk was made with is below as well.
+            let mut below: usize = super::disks(&records, row)?.iter().map(|(_, v)| v.layers.all.len()).sum();
             let mut locks = vec![lock(row.id)];
             let (mut over, mut made, mut told) = (vec![], vec![], vec![]);
             for (device, volume) in chosen(&records, row, guest.is_some(), wanted.as_deref())? {
@@ -134,6 +137,23 @@ impl Engine {
                 }
                 let pool = records.pools.get(&volume.pool);
                 let pool = pool.ok_or_else(|| Error::not_found("the pool of the disk is gone"))?;
+                crate::storage::use_pool(tx, pool)?;
+                let io = parsed.disks.iter().find(|(name, _)| *name == device).map(|(_, disk)| disk.io);
+                if crate::keys::is_encrypted(volume, &io.unwrap_or(parsed.root.1.io)) {
+                    let text = format!(
+                        "volume {:?} is encrypted, and has no layers: QEMU would write what it decrypted; take a snapshot instead",
+                        volume.name
+                    );
+                    return Err(Error::unsupported(text).at(field));
+                }
+                below += 1;
+                if below > MOST_BELOW {
+                    let text = format!(
+                        "the disks of instance {name:?} have {MOST_BELOW} layers in all already, and a machine can have no more; \
+                         merge some (commit or pull) first"
+                    );
+                    return Err(Error::conflict(text).at(field));
+                }
                 if pool.kind.has_names() {
                     return Err(Error::unsupported(format!(
                         "pool {:?} is of kind {}, whose volumes are no files and have no layers; those of kind dir and btrfs can; take a \
