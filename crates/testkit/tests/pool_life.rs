@@ -140,6 +140,16 @@ fn a_pool_that_is_forgotten_comes_back_with_its_volumes() {
         };
         let before = volumes(&w);
         assert_eq!(before.len(), 45);
+        // Some with snapshots, one of them with more than are forgotten at once.
+        let of = |volume| Origin::Volume { project: "default", pool: "second", volume };
+        let takes = [("v0", 35), ("v7", 4), ("v8", 4)];
+        for (volume, count) in takes {
+            for n in 0..count {
+                let take = CreateSnapshot { name: Some(format!("s{n}")), ..Default::default() };
+                let operation = w.engine.snapshot_create(&w.admin, of(volume), take).await.unwrap();
+                assert_eq!(w.ended(operation).await.error, None);
+            }
+        }
         w.engine.pool_stop(&w.admin, "second").await.unwrap();
         let clear = w.engine.pool_change(&w.admin, "second", PoolChange::Clear).await.unwrap_err();
         assert!(clear.message.contains("has volume"), "{clear}");
@@ -148,6 +158,10 @@ fn a_pool_that_is_forgotten_comes_back_with_its_volumes() {
         assert!(deleted.message.contains("not active"), "{deleted}");
         w.engine.pool_forget(&w.admin, "second").await.unwrap();
         assert!(volumes(&w).is_empty() && life(&w, "second").is_none());
+        {
+            let records = w.engine.inner().inventory.read();
+            assert!(before.iter().all(|v| records.volume_snapshots_of(*v).is_empty()));
+        }
         w.engine.pool_define(&w.admin, pool("second")).await.unwrap();
         assert_eq!(w.engine.pool(&w.admin, "second").unwrap().id, id);
         assert!(volumes(&w).is_empty(), "nobody has looked into it yet");

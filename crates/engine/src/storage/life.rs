@@ -15,6 +15,7 @@ use crate::{
     operations::{LiveOperation, NewOperation},
     recover::{as_made, describe::describe_now, described},
     saga::{Saga, StepContext, runner},
+    snapshots::Row2,
     volumes,
 };
 use async_trait::async_trait;
@@ -33,8 +34,8 @@ use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
 /// Time that a host has to let go of a pool, with what ends in it meanwhile.
 const CLOSING: Duration = Duration::from_secs(120);
-/// Volumes whose records go in one transaction.
-const AT_ONCE: usize = 20;
+/// Records of volumes and of their snapshots that go in one transaction.
+const AT_ONCE: usize = 30;
 
 /// The guests of a pool that is stopped are not started, and nothing is made in it.
 pub(crate) fn demand_active(pool: &Pool) -> Result<()> {
@@ -119,11 +120,24 @@ fn demand_unused(records: &Records, pool: &Pool) -> Result<()> {
     }
 }
 
-/// A record that goes, with what belongs to it.
-fn forget_volume(tx: &mut Tx, row: &Row<Volume>) {
+/// A record that goes, with its snapshots and what else belongs to it, as far as there is `room` in the transaction. Answers what is
+/// left of that; `None`: the record stays for the next one. Only where its snapshots alone are more than one has room for, some of them
+/// go before.
+fn forget_volume(records: &Records, tx: &mut Tx, row: &Row<Volume>, room: usize) -> Option<usize> {
+    let snapshots = records.volume_snapshots_of(row.id);
+    let left = room.checked_sub(snapshots.len() + 1);
+    if left.is_none() && room < AT_ONCE {
+        return None;
+    }
+    for snapshot in snapshots.into_iter().take(room) {
+        tx.delete(snapshot);
+        Row2::Volume(snapshot.clone()).taken().release_name(tx);
+    }
+    let left = left?;
     tx.delete(row);
     tx.release_name("volumes", &volumes::scope(row), &row.name, &row.id.to_string());
     tx.delete_id::<Uses>(&volumes::lock(row.id));
+    Some(left)
 }
 
 async fn succeeded(operation: &LiveOperation) -> Result<()> {
@@ -359,26 +373,21 @@ impl EngineInner {
     /// Removes the records of a pool and of its volumes, which no instance has. Broken off in between, some of the volumes are
     /// forgotten: the next start of the pool finds them again.
     pub(crate) async fn forget_pool(&self, context: &Context, pool: &Pool) -> Result<()> {
-        let with_snapshots: Vec<_> = {
-            let records = self.inventory.read();
-            demand_forgettable(&records, pool)?;
-            let all = records.volumes.values().filter(|v| v.pool == pool.id).map(|v| v.id);
-            all.filter(|id| !records.volume_snapshots_of(*id).is_empty()).collect()
-        };
-        for volume in with_snapshots {
-            self.forget_snapshots(None, Some(volume)).await?;
-        }
         loop {
             let more = self
                 .transact(|records, tx| {
                     let row = demand_forgettable(records, pool)?;
                     tx.expect_unlocked(&pool_lock(pool.id));
                     tx.expect_untouched(records, &pool_lock(pool.id));
-                    let mut volumes = records.volumes.values().filter(|v| v.pool == pool.id);
-                    volumes.by_ref().take(AT_ONCE).for_each(|volume| forget_volume(tx, volume));
-                    if volumes.next().is_some() {
-                        tx.expect(row);
-                        return Ok(true);
+                    let mut room = AT_ONCE;
+                    for volume in records.volumes.values().filter(|v| v.pool == pool.id) {
+                        match forget_volume(records, tx, volume, room) {
+                            Some(left) => room = left,
+                            None => {
+                                tx.expect(row);
+                                return Ok(true);
+                            }
+                        }
                     }
                     tx.delete(row);
                     tx.delete_id::<Uses>(&pool_lock(pool.id));
