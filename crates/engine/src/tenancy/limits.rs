@@ -80,15 +80,18 @@ pub(crate) fn expanded(
     karst_model::profile::expand(instance.kind, profiles, (&instance.config, &instance.devices))
 }
 
-/// Limits that a running guest has apart from its record; none where it has those of its record.
+/// Limits that a running guest has apart from its record; none where it has those of its record. What was set aside for it at its start
+/// it has until its end, whatever the record says by now.
 fn held_limits(records: &Records, instance: &Instance) -> Option<Limits> {
     let run = records.runtimes.get(&instance.id).and_then(|r| r.applied.as_ref())?;
     let keys = ["limits.cpu", "limits.memory", maximum::MEMORY, "limits.processes"];
-    if !keys.iter().any(|key| run.held.contains(*key)) {
-        return None;
-    }
     // All of them, for they have to fit each other.
-    let has = keys.into_iter().filter_map(|key| Some((key.to_owned(), run.config.get(key)?.clone())));
+    let keys = match keys.iter().any(|key| run.held.contains(*key)) {
+        true => &keys[..],
+        false if run.config.contains_key(maximum::MEMORY) => &keys[1..3],
+        false => return None,
+    };
+    let has = keys.iter().filter_map(|key| Some(((*key).to_owned(), run.config.get(*key)?.clone())));
     Some(keys::limits(&has.collect()).unwrap_or_default())
 }
 
