@@ -74,6 +74,14 @@ impl RealAgent {
     pub(crate) async fn stop_pool(&self, id: PoolId) -> Result<()> {
         let _lock = self.lock(id.0).await;
         let Some(spec) = self.registry.pool(id)? else { return Ok(()) };
+        // A call that was broken off may have let go of it while a guest has something of it: it is looked into again.
+        if self.registry.closed(id).is_some()
+            && !self.has_pool(id)
+            && !self.all_guests().is_empty()
+            && let Err(e) = self.open_pool(&spec, Purpose::Use).await
+        {
+            tracing::warn!(pool = %id, error = %e, context = e.context.as_deref(), "a pool is closed again unseen");
+        }
         let open = self.pool(id).ok();
         let said = match &open {
             Some(pool) => crate::descriptions::said(&**pool, None).await?,

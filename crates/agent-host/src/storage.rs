@@ -100,10 +100,11 @@ impl RealAgent {
         let Some(spec) = self.registry.pool(id)? else { return Ok(()) };
         // One that was let go of is looked into first.
         let was_closed = self.registry.closed(id).is_some() && !self.has_pool(id);
-        if was_closed && let Err(e) = self.open_pool(&spec, Purpose::Use).await {
-            tracing::warn!(pool = %id, error = %e, context = e.context.as_deref(), "a pool is removed unseen");
+        if was_closed {
+            // What cannot be looked into is not removed: it may only be out of reach for now.
+            self.open_pool(&spec, Purpose::Use).await?;
         }
-        // One that could not be opened has nothing that anybody could use.
+        // One that could not be opened when the host started has nothing that anybody could use.
         if let Ok(pool) = self.pool(id) {
             if !pool.list().await?.is_empty() {
                 drop(pool);
@@ -114,6 +115,11 @@ impl RealAgent {
                 return Err(Error::conflict("the pool still has volumes"));
             }
             pool.settle().await;
+        }
+        if was_closed {
+            // It was empty: a removal that is broken off goes on where nothing can be opened any more.
+            let registry = self.registry.clone();
+            blocking(move || registry.forget_closed(id)).await?;
         }
         self.forget_pool(id);
         self.pool_place(id).remove(&spec).await?;
