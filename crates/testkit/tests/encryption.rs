@@ -11,6 +11,7 @@ use karst_engine::{
         update::UpdateInstance,
     },
     images::publish::PublishImage,
+    layers::create::CreateLayers,
     secrets::{DefineSecret, SecretKey, SecretValue},
     volumes::{copy::CopyVolume, create::CreateVolume, update::UpdateVolume},
 };
@@ -224,6 +225,10 @@ fn machines_open_their_disks_with_secrets_and_say_which_is_missing() {
         let all = CreateCheckpoint { name: "c1".into(), ..Default::default() };
         let e = refused(&w, w.engine.checkpoint_create(&w.admin, P, "m", all).await).await;
         assert!(e.is(ErrorKind::Unsupported) && e.message.contains("encrypted"), "{e}");
+
+        let e = refused(&w, w.engine.layers_create(&w.admin, P, "m", CreateLayers::default()).await).await;
+        assert!(e.is(ErrorKind::Unsupported) && e.message.contains("encrypted"), "{e}");
+        assert_eq!(e.field.as_deref(), Some("disks.data"));
 
         // A secret that is gone keeps nobody from changing what runs, but a start fails, and says what is missing.
         w.engine.secret_undefine(&w.admin, P, Uuid::from_u128(1)).await.unwrap();

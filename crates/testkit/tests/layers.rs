@@ -16,13 +16,17 @@ use karst_engine::{
     saga::runner::{Interference, Moment},
     snapshots::{Origin, Taken, create::CreateSnapshot},
     storage::CreatePool,
+    volumes::create::CreateVolume,
 };
 use karst_env::{Env, SeededEnv};
 use karst_model::{
-    Error, ErrorKind, Result,
+    Config, Error, ErrorKind, Result,
+    device::Devices,
     guest::{DiskCopyEnd, DiskCopyPhase},
     instance::{InstanceKind, PowerAction},
+    layer::MOST_BELOW,
     operation::OperationState,
+    storage::VolumeContent,
 };
 use karst_testkit::{World, scenarios::container};
 use std::{sync::Arc, time::Duration};
@@ -151,7 +155,44 @@ fn what_would_make_another_disk_is_refused_with_the_way_out() {
         stop(&w).await;
         let back = w.engine.snapshot_restore(&w.admin, OF_M, "s1").await.unwrap_err();
         assert!(back.is(ErrorKind::Unsupported), "{back}");
+        let copied = CopyInstance {
+            project: P.into(),
+            name: "m".into(),
+            snapshot: Some("s1".into()),
+            copy: CreateInstance { kind: InstanceKind::VirtualMachine, ..container("n") },
+            instance_only: false,
+            refresh: false,
+            exclude_older: false,
+        };
+        let e = w.engine.instance_copy(&w.admin, P, copied).await.err().unwrap();
+        assert!(e.is(ErrorKind::Unsupported) && e.field.as_deref() == Some("source.source"), "{e}");
         done(&w, w.engine.snapshot_delete(&w.admin, OF_M, "s1").await).await;
+        let faults = w.faults().await;
+        assert!(faults.is_empty(), "{faults:?}");
+    });
+}
+
+#[test]
+fn a_machine_has_as_many_layers_as_its_host_opens() {
+    SeededEnv::run(46, |env| async move {
+        let w = World::new(&env).await.unwrap();
+        let config = Config::from([("size".to_owned(), "1GiB".to_owned())]);
+        let (name, content) = ("data".to_owned(), VolumeContent::Block);
+        let volume = CreateVolume { name, content, description: String::new(), config };
+        done(&w, w.engine.volume_create(&w.admin, P, P, volume).await).await;
+        let keys = [("type", "disk"), ("pool", P), ("source", "data")];
+        let keys: Config = keys.map(|(k, v)| (k.to_owned(), v.to_owned())).into();
+        let devices = Devices::from([("data".to_owned(), keys)]);
+        let create = CreateInstance { kind: InstanceKind::VirtualMachine, devices, ..container("m") };
+        done(&w, w.engine.instance_create(&w.admin, P, create).await.map(|(_, o)| o)).await;
+        for _ in 0..MOST_BELOW / 2 {
+            done(&w, layer(&w, None, None).await).await;
+        }
+        let e = layer(&w, None, None).await.unwrap_err();
+        assert!(e.is(ErrorKind::Conflict) && e.message.contains("in all"), "{e}");
+        assert!(e.field.is_some_and(|field| field.starts_with("disks.")));
+        let disks = w.engine.disk_layers(&w.admin, P, "m").unwrap();
+        assert_eq!(disks.iter().map(|d| d.layers.len()).sum::<usize>(), MOST_BELOW);
         let faults = w.faults().await;
         assert!(faults.is_empty(), "{faults:?}");
     });
