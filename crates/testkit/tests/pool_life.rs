@@ -141,7 +141,7 @@ fn a_pool_that_is_forgotten_comes_back_with_its_volumes() {
         let before = volumes(&w);
         assert_eq!(before.len(), 45);
         // Some with snapshots, one of them with more than are forgotten at once.
-        let of = |volume| Origin::Volume { project: "default", pool: "second", volume };
+        let of = |volume| Origin::Volume { project: "default", pool: "second", name: volume };
         let takes = [("v0", 35), ("v7", 4), ("v8", 4)];
         for (volume, count) in takes {
             for n in 0..count {
