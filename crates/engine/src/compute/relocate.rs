@@ -214,7 +214,6 @@ impl Engine {
             if pool.id != row.pool {
                 crate::checkpoints::demand_none(&records, root.id, "which does not go to another pool")?;
                 crate::layers::demand_one(&records, root.id, "which does not go to another pool")?;
-                volume.layers = Default::default();
                 volume.id = VolumeId(inner.env.uuid());
                 volume.pool = pool.id;
                 instance.pool = pool.id;

@@ -136,9 +136,6 @@ impl Engine {
             volume.name = new_name.to_string();
             volume.pool = there.id;
             volume.spec_version += 1;
-            if other_pool {
-                volume.layers = Default::default();
-            }
             let mut copy = None;
             let mut snapshots = vec![];
             if other_pool {
