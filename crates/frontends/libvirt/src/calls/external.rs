@@ -56,7 +56,7 @@ fn chosen(
         let in_pool = known.iter().any(|(t, _)| *t == disk.target);
         if !in_pool && !left_out(&disk.target, disk.path.as_deref()) {
             return Err(unsupported(format!(
-                "disk snapshot: {target} is no volume of a pool, and has no layers; leave it out by --diskspec {target},snapshot=no",
+                "disk snapshot: {target} has no layers, because it is no volume of a pool or of this run only; leave it out by --diskspec {target},snapshot=no",
                 target = disk.target
             )));
         }
