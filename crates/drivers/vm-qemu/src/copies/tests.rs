@@ -511,7 +511,8 @@ async fn the_active_layer_goes_when_it_is_on_disk_that_it_does() {
     }
     let said = place.qemu().said.clone();
     let at = |word: &str| said.iter().position(|s| s.starts_with(word)).unwrap();
-    assert!(at("Pause") < at("job-complete") && at("job-complete") < at("Resume"), "{said:?}");
+    assert!(at("Pause") < at("job-complete") && at("job-complete") < at("stop"), "{said:?}");
+    assert!(at("stop") < at("Resume"), "it is flushed while the machine stands still: {said:?}");
     assert_eq!((place.disk().path, place.numbers()), (place.path("old"), vec![0]));
     assert_eq!(
         (place.disk().format, place.machine.record().root.clone()),
