@@ -333,6 +333,14 @@ pub async fn volume_delete(call: Call) -> Result<Reply> {
 struct Upload {
     sink: Option<Stream>,
     upload: Option<FileUpload>,
+    /// Why no more is taken. Clients have several parts on their way at once, and show what the last of them was told.
+    failed: Option<Error>,
+}
+
+impl Upload {
+    fn closed(&self) -> Error {
+        self.failed.clone().unwrap_or_else(|| Error::conflict("the file is closed"))
+    }
 }
 
 impl Drop for Upload {
@@ -355,22 +363,27 @@ impl Write for Upload {
                 Err(e) if e.kind() == std::io::ErrorKind::BrokenPipe => {
                     self.sink = None;
                     match &mut self.upload {
-                        Some(upload) => Err(upload.failure().await),
-                        None => Err(Error::conflict("the file is closed")),
+                        Some(upload) => {
+                            let why = upload.failure().await;
+                            self.failed = Some(why.clone());
+                            Err(why)
+                        }
+                        None => Err(self.closed()),
                     }
                 }
                 written => Ok(written?),
             },
-            None => Err(Error::conflict("the file is closed")),
+            None => Err(self.closed()),
         }
     }
     async fn finish(mut self: Box<Self>) -> Result<()> {
         if let Some(mut sink) = self.sink.take() {
             sink.flush().await?;
         }
-        match self.upload.take() {
-            Some(upload) => upload.finish().await,
-            None => Err(Error::conflict("the file is closed")),
+        match (self.upload.take(), self.failed.take()) {
+            (Some(upload), Some(why)) => upload.finish().await.and(Err(why)),
+            (Some(upload), None) => upload.finish().await,
+            (None, _) => Err(Error::conflict("the file is closed")),
         }
     }
 }
@@ -396,7 +409,7 @@ impl Files for Place {
             return Ok(None);
         }
         let sink = upload.sink.take().map(Stream::new).transpose()?;
-        Ok(Some(Box::new(Upload { sink, upload: Some(upload) })))
+        Ok(Some(Box::new(Upload { sink, upload: Some(upload), failed: None })))
     }
 
     async fn delete(&self, path: &str) -> Result<()> {
