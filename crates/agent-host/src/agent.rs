@@ -3,8 +3,8 @@
 use crate::{
     HostPolicy,
     backup_room::BackupRoom,
+    drives::{demand_raw, format},
     facts,
-    host_paths::{demand_directory, to_drive},
     ids::{CLAIMS, IdRanges},
     pools::{PoolPlace, Purpose},
     registry::{GuestRecord, Registry},
@@ -16,22 +16,21 @@ use karst_agent::{AgentEvent, EpochGuard, EventHub, GuestRef, VolumeRef, names::
 use karst_ct_lxc::{LxcDriver, LxcOptions};
 use karst_env::{EnvExt, Mutex, SharedEnv};
 use karst_guest::{
-    DiskFormat, GuestDriver, Observed, Opened, ResolvedApplication, ResolvedDisk, ResolvedGuest, ResolvedNic,
-    ThresholdReached,
+    GuestDriver, Observed, ResolvedApplication, ResolvedDisk, ResolvedGuest, ResolvedNic, ThresholdReached,
 };
 use karst_host::sandbox::Launcher;
 use karst_image::ImageStore;
 use karst_model::{
-    ByteSize, Error, ErrorKind, InstanceId, NetworkId, PoolId, Result, VolumeId,
+    Error, ErrorKind, InstanceId, NetworkId, PoolId, Result, VolumeId,
     image::Application,
     instance::{Generation, InstanceKind, RuntimeState},
     news::MachineNews,
     node::HostFacts,
-    spec::{DiskSource, DiskSpec, GuestSpec, NicSpec, PoolSpec},
+    spec::{DiskSpec, GuestSpec, NicSpec, PoolSpec},
     storage::VolumeContent,
 };
 use karst_network::NetworkDriver;
-use karst_storage::{Format, Located, PoolDriver};
+use karst_storage::{Located, PoolDriver};
 use karst_vm_qemu::{QemuDriver, QemuOptions};
 use std::{
     collections::{BTreeMap, HashMap},
@@ -554,117 +553,6 @@ impl RealAgent {
     }
 
     /// Things of this machine in place of ids.
-    async fn resolve_disk(
-        &self,
-        instance: InstanceId,
-        disk: DiskSpec,
-        user: Option<u32>,
-    ) -> Result<Option<ResolvedDisk>> {
-        let key = self.keys.of_disk(instance, &disk.io);
-        let (pool, volume) = match disk.source {
-            DiskSource::Volume { pool, volume } => (pool, volume),
-            DiskSource::Host { ref path } => {
-                let drive = user.is_some() && disk.path.is_none() && disk.share.tag.is_none();
-                let mut found = self.resolve_path(&disk, path, drive)?;
-                if let Some(found) = &mut found {
-                    found.key = key;
-                }
-                match &mut found {
-                    Some(found) if drive => to_drive(found, path, disk.format, disk.media)?,
-                    Some(found) if user.is_some() => demand_directory(found)?,
-                    _ => {}
-                }
-                return Ok(found);
-            }
-            DiskSource::Memory { size } => return Ok(Some(in_memory(disk, size))),
-        };
-        let content = self.pool(pool)?.inspect(volume).await?.content;
-        let at = VolumeRef { pool, volume };
-        let mut located = self.locate(at, user).await?;
-        if located.layers.is_some() {
-            // A copy of a container's root: beside the root there are plain trees only.
-            self.pool(pool)?.flatten(volume).await?;
-            located = self.locate(at, user).await?;
-        }
-        if disk.shared {
-            demand_raw(&disk.name, located.format)?;
-        }
-        Ok(Some(ResolvedDisk {
-            name: disk.name,
-            slot: disk.slot,
-            path: located.path,
-            backing: located.backing,
-            chain: crate::layers::chain(located.chain),
-            format: format(located.format),
-            mount_point: disk.path,
-            readonly: disk.readonly,
-            foreign: false,
-            shift: disk.shift,
-            opened: None,
-            key,
-            recursive: false,
-            follow: false,
-            cdrom: content == VolumeContent::Iso,
-            ejected: disk.ejected,
-            shared: disk.shared,
-            io: disk.io,
-            pci: disk.pci,
-            boot_priority: disk.boot_priority,
-            share: disk.share,
-        }))
-    }
-
-    /// A path of the host, which its policy must grant; `None` when it is not there and may be left out.
-    fn resolve_path(&self, disk: &DiskSpec, path: &str, drive: bool) -> Result<Option<ResolvedDisk>> {
-        let field = || format!("devices.{}.source", disk.name);
-        let policy = &self.options.policy;
-        let granted = if drive { &policy.disk_paths } else { &policy.path_prefixes };
-        if drive && !granted.iter().any(|prefix| Path::new(path).starts_with(prefix)) {
-            return Err(Error::forbidden(format!(
-                "this host gives no virtual machine {path:?} as a drive; its administrator can, with disk_paths in \
-                 host-policy.toml"
-            ))
-            .at(field()));
-        }
-        let opened = match karst_host::mountns::open_beneath(granted, Path::new(path)) {
-            Ok(opened) => opened,
-            Err(e) if disk.optional && e.is(ErrorKind::NotFound) => return Ok(None),
-            Err(e) => return Err(e.at(field())),
-        };
-        let stat = rustix::fs::fstat(&opened).map_err(std::io::Error::from)?;
-        let format = match rustix::fs::FileType::from_raw_mode(stat.st_mode) {
-            rustix::fs::FileType::Directory => DiskFormat::Directory,
-            rustix::fs::FileType::RegularFile | rustix::fs::FileType::BlockDevice => DiskFormat::Raw,
-            _ => {
-                let text = format!("{path:?} is neither a directory nor a file nor a block device");
-                return Err(Error::invalid(field(), text));
-            }
-        };
-        Ok(Some(ResolvedDisk {
-            name: disk.name.clone(),
-            slot: disk.slot.clone(),
-            path: path.into(),
-            backing: None,
-            chain: Default::default(),
-            format,
-            mount_point: disk.path.clone(),
-            readonly: disk.readonly,
-            foreign: true,
-            shift: disk.shift,
-            opened: Some(Opened(Arc::new(opened))),
-            key: None,
-            recursive: disk.recursive,
-            follow: disk.follow,
-            cdrom: false,
-            ejected: disk.ejected,
-            shared: false,
-            io: disk.io,
-            pci: disk.pci.clone(),
-            boot_priority: disk.boot_priority,
-            share: disk.share.clone(),
-        }))
-    }
-
     pub(crate) async fn resolve(
         &self,
         mut spec: GuestSpec,
@@ -818,53 +706,6 @@ impl RealAgent {
     }
 }
 
-/// What several machines write is raw: of qcow2 each of them would keep its own idea of where things are.
-fn demand_raw(device: &str, format: Format) -> Result<()> {
-    match format {
-        Format::Raw => Ok(()),
-        Format::Qcow2 | Format::Directory => Err(Error::conflict(
-            "the volume shares blocks with what it was made of, and so several machines cannot write it; export it and import it again, \
-             or unset security.shared",
-        )
-        .at(format!("devices.{device}.source"))),
-    }
-}
-
-/// A file system in memory: nothing of the host to resolve.
-fn in_memory(disk: DiskSpec, size: Option<ByteSize>) -> ResolvedDisk {
-    ResolvedDisk {
-        name: disk.name,
-        slot: disk.slot,
-        path: "tmpfs:".into(),
-        backing: None,
-        chain: Default::default(),
-        format: DiskFormat::Memory(size.map(|s| s.bytes())),
-        mount_point: disk.path,
-        readonly: disk.readonly,
-        foreign: true,
-        shift: false,
-        opened: None,
-        key: None,
-        recursive: false,
-        follow: false,
-        cdrom: false,
-        ejected: disk.ejected,
-        shared: false,
-        io: disk.io,
-        pci: disk.pci,
-        boot_priority: disk.boot_priority,
-        share: Default::default(),
-    }
-}
-
-pub(crate) fn format(format: Format) -> DiskFormat {
-    match format {
-        Format::Directory => DiskFormat::Directory,
-        Format::Raw => DiskFormat::Raw,
-        Format::Qcow2 => DiskFormat::Qcow2,
-    }
-}
-
 pub(crate) fn not_older(record: &GuestRecord, id: InstanceId, meant: Generation) -> Result<()> {
     if record.generation > meant {
         return Err(Error::conflict(format!(
@@ -934,15 +775,5 @@ mod tests {
         assert!(e.is(ErrorKind::Conflict) && e.message.contains("is not running"), "{e}");
         let e = state(Error::not_found("there is no directory \"run/libvirt\"").at("devices.libvirt.listen"));
         assert!(e.is(ErrorKind::NotFound) && e.message.contains("run/libvirt"), "{e}");
-    }
-
-    #[test]
-    fn what_several_machines_write_is_raw() {
-        demand_raw("data", Format::Raw).unwrap();
-        for format in [Format::Qcow2, Format::Directory] {
-            let e = demand_raw("data", format).unwrap_err();
-            assert!(e.is(ErrorKind::Conflict) && e.message.contains("security.shared"), "{e}");
-            assert_eq!(e.field.as_deref(), Some("devices.data.source"));
-        }
     }
 }

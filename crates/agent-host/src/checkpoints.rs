@@ -3,7 +3,8 @@
 
 use crate::{
     RealAgent,
-    agent::{as_state, format, has_volume},
+    agent::{as_state, has_volume},
+    drives::format,
 };
 use karst_agent::{
     BackupListen, MachineBackupBegin, MachineBackupRef, MachineCheckpointCreate, MachineCheckpointDelete,

@@ -3,7 +3,8 @@
 
 use crate::{
     RealAgent,
-    agent::{as_state, format, has_volume},
+    agent::{as_state, has_volume},
+    drives::format,
 };
 use karst_agent::{FASTEST, MachineCopyBegin, MachineCopyEnd, MachineCopyRef, MachineCopySpeed};
 use karst_guest::{DiskCopies, DiskCopy, DiskCopyEnd, DiskCopyPhase, DiskCopyState, GuestDriver};

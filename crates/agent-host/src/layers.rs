@@ -3,7 +3,8 @@
 
 use crate::{
     RealAgent,
-    agent::{as_state, format, has_volume},
+    agent::{as_state, has_volume},
+    drives::format,
 };
 use karst_agent::{FASTEST, MOST_AT_ONCE, MachineLayersAdd, MachineMergeBegin, MachineMergeEnd};
 use karst_guest::{DiskChain, DiskCopyEnd, DiskMerge, DiskMerges, GuestDriver, LowerFile, NewLayer};

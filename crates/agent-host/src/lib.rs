@@ -16,6 +16,7 @@ mod check;
 mod checkpoints;
 mod copies;
 mod descriptions;
+mod drives;
 mod dumps;
 mod facts;
 mod given;

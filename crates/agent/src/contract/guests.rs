@@ -153,8 +153,7 @@ pub(super) async fn all(s: &Subject, kind: InstanceKind, source: &ImageSource) {
     let stop = GuestStop { guest: older, mode: StopMode::Force };
     refused(agent.guest_stop(&s.change(), stop).await, ErrorKind::Conflict);
     s.until("exec", s.boot, async || guest.exec(&["true"]).await.ok()).await;
-    let timeout = s.boot;
-    let observed = guest.stop(StopMode::Graceful { timeout }).await;
+    let observed = guest.stop(StopMode::Graceful { timeout: s.boot }).await;
     assert_eq!((observed.state, observed.exit), (RuntimeState::Stopped, Some(ExitReason::Shutdown)));
     if kind == InstanceKind::VirtualMachine {
         eprintln!("contract: {kind}: a copy that its end breaks off");
@@ -289,8 +288,7 @@ async fn outputs(guest: &Guest<'_>) {
 }
 
 async fn metrics(guest: &Guest<'_>) {
-    let (s, agent) = (guest.s, &guest.s.agent);
-    let id = guest.spec.instance;
+    let (s, agent, id) = (guest.s, &guest.s.agent, guest.spec.instance);
     let first = s.until("metrics", s.boot, async || {
         let all = agent.guest_metrics(&s.read(), vec![]).await.unwrap();
         all.into_iter().find(|(i, m)| *i == id && m.cpu_ns.is_some())

@@ -6,6 +6,7 @@
 
 pub mod aliases;
 pub mod board;
+pub mod clock;
 pub mod hostdevs;
 pub mod iotune;
 pub mod kept;
