@@ -231,7 +231,7 @@ impl ReservedHost {
 }
 
 /// Entries of a value, one a line or, where none of them can contain one, between commas.
-fn entries<'a>(value: &'a str, commas: bool) -> impl Iterator<Item = &'a str> {
+fn entries(value: &str, commas: bool) -> impl Iterator<Item = &str> {
     let between = move |c: char| c == '\n' || commas && c == ',';
     value.split(between).map(str::trim).filter(|e| !e.is_empty())
 }

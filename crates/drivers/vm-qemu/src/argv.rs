@@ -210,10 +210,8 @@ pub fn argv(m: &Machine) -> Result<Vec<String>> {
     let served = m.directories.iter().any(|(_, way)| *way == Way::Virtiofs);
     let with_memory = m.spec.board.clone();
     let with_memory = if served { board::shared(with_memory) } else { with_memory };
-    if let Some(memory) = &with_memory.memory {
-        if memory.unmerged {
-            machine.push_str(",mem-merge=off");
-        }
+    if with_memory.memory.as_ref().is_some_and(|memory| memory.unmerged) {
+        machine.push_str(",mem-merge=off");
     }
     if board::has_backend(&with_memory) {
         machine.push_str(&format!(",memory-backend={}", board::MEMORY));

@@ -220,7 +220,7 @@ mod tests {
         let moved = stick("one", Some((0, "1")));
         let names = |now: &[GivenSpec], new: &[GivenSpec]| pending(now, new).into_iter().collect::<Vec<_>>();
         assert!(names(std::slice::from_ref(&one), std::slice::from_ref(&one)).is_empty());
-        assert_eq!(names(&[one.clone()], &[moved, two]), ["devices.one", "devices.two"]);
+        assert_eq!(names(std::slice::from_ref(&one), &[moved, two]), ["devices.one", "devices.two"]);
         assert_eq!(names(&[one], &[]), ["devices.one"]);
     }
 }

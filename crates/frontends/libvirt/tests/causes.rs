@@ -40,8 +40,11 @@ async fn gone(client: &mut Client) {
     client.call(231, &[&domain[..], &0u32.to_be_bytes()].concat()).await.unwrap();
 }
 
+/// Keys and their values.
+type Keys = &'static [(&'static str, &'static str)];
+
 /// Whole parts of a domain: the part, the keys that it comes to, and what is shown of it.
-const PARTS: &[(&str, &[(&str, &str)], &str)] = &[
+const PARTS: &[(&str, Keys, &str)] = &[
     (
         "<idmap><uid start='0' target='1000' count='10'/></idmap>",
         &[],
@@ -114,7 +117,7 @@ async fn parts_of_a_domain_come_to_keys_and_are_shown() {
 }
 
 /// Devices: they, keys of the machine, or of a device (`NAME/KEY`), that they come to, and what is shown.
-const DEVICES: &[(&str, &[(&str, &str)], &[&str])] = &[
+const DEVICES: &[(&str, Keys, &[&str])] = &[
     (
         "<disk type='block' device='cdrom'><source dev='/dev/vg/a'/><target dev='sda' bus='scsi'/><readonly/>\
          <serial>  WD-WMAP9A966149</serial><wwn>0x5000c50015ea71ac</wwn><vendor>SEA GATE</vendor><product>ST67 807GD</product>\

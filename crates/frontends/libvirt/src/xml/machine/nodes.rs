@@ -223,11 +223,14 @@ pub fn shown_host(all: &[(u32, HostNodes)]) -> Vec<Element> {
     all.iter().map(one).collect()
 }
 
+/// The least and the most threads of a pool.
+pub type Pool = (Option<u32>, Option<u32>);
+
 /// The threads that a `<defaultiothread>` says that QEMU's main one has for what blocks.
 ///
 /// # Errors
 /// XML error; CONFIG_UNSUPPORTED, naming the element.
-pub fn main_pool(e: &Element) -> Result<Option<(Option<u32>, Option<u32>)>, VirError> {
+pub fn main_pool(e: &Element) -> Result<Option<Pool>, VirError> {
     let of = |name: &str| e.attribute(name).map(|_| id(e, name, None)).transpose();
     if let Some((other, _)) =
         e.attributes().find(|(n, _)| !matches!(*n, "thread_pool_min" | "thread_pool_max"))
@@ -245,7 +248,7 @@ pub fn main_pool(e: &Element) -> Result<Option<(Option<u32>, Option<u32>)>, VirE
 }
 
 /// As an element.
-pub fn shown_main_pool((least, most): (Option<u32>, Option<u32>)) -> Element {
+pub fn shown_main_pool((least, most): Pool) -> Element {
     let e = Element::new("defaultiothread").with_some("thread_pool_min", least);
     e.with_some("thread_pool_max", most)
 }
