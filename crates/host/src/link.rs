@@ -475,8 +475,8 @@ pub fn set_multicast_snooping(name: &str, on: bool) -> Result<()> {
 fn set_bridge(name: &str, what: &str, fill: impl FnOnce(Message) -> Message) -> Result<()> {
     check(name)?;
     let message = Message::new(RTM_NEWLINK, 0, &info(0, 0, 0)).text(IFLA_IFNAME, name);
-    let message = message
-        .nested(IFLA_LINKINFO, |m| m.text(IFLA_INFO_KIND, "bridge").nested(IFLA_INFO_DATA, fill));
+    let message =
+        message.nested(IFLA_LINKINFO, |m| m.text(IFLA_INFO_KIND, "bridge").nested(IFLA_INFO_DATA, fill));
     Socket::route().and_then(|mut s| s.execute(message)).map_err(|e| failed(what, name, &e))
 }
 
