@@ -518,7 +518,7 @@ fn cases() -> Vec<Case> {
         disk_copy View |f, c, p| { let found = f.w.engine.disk_copy(c, p, "run").await?; assert!(found.is_none(), "nothing is copied"); Ok(()) };
         disk_copy_end Edit |f, c, p| nothing_is_copied(f.w.engine.disk_copy_end(c, p, "run", "root", karst_model::guest::DiskCopyEnd::Cancel, true).await);
         disk_copy_speed Edit |f, c, p| nothing_is_copied(f.w.engine.disk_copy_speed(c, p, "run", "root", 1).await);
-        disk_layers View |f, c, p| of_a_machine(f.w.engine.disk_layers(c, p, "run").map(drop));
+        disk_layers View |f, c, p| f.w.engine.disk_layers(c, p, "run").map(drop);
         layers_create Edit |f, c, p| of_a_machine(f.w.engine.layers_create(c, p, "run", karst_engine::layers::create::CreateLayers::default()).await.map(drop));
         layers_merge Edit |f, c, p| of_a_machine(f.w.engine.layers_merge(c, p, "run", pull()).await.map(drop));
         checkpoints View |f, c, p| f.w.engine.checkpoints(c, p, "run").map(drop);
