@@ -33,9 +33,11 @@ pub(crate) fn chain(found: FileChain) -> DiskChain {
 }
 
 impl RealAgent {
-    /// The locks of all volumes of a request, in the order of their ids.
+    /// The locks of all volumes of a request, in the order of their ids; the caller holds its instance's.
     async fn lock_all(&self, request: &MachineLayersAdd) -> Vec<OwnedMutexGuard<()>> {
-        let ids: BTreeSet<VolumeId> = request.layers.iter().map(|l| l.volume.volume).collect();
+        let mut ids: BTreeSet<VolumeId> = request.layers.iter().map(|l| l.volume.volume).collect();
+        // Whoever calls a volume by the instance's id waits for nobody: that lock is held, and there is no such volume.
+        ids.remove(&VolumeId(request.instance.0));
         let mut locks = vec![];
         for id in ids {
             locks.push(self.lock(id.0).await);
